@@ -1,0 +1,193 @@
+"""The adapter: everything that is trained and travels.
+
+An adapter is a set of LoRA factors, one pair a layer, and named extras (a classifier head, say).
+A layer with base weight W0 (d_out, d_in) computes with W0 + scaling * B @ A, where A is (r, d_in)
+and B is (d_out, r) (Hu et al. 2021, arXiv:2106.09685, equation 3). Tensors carry the names of
+PEFT's own state dicts, so an adapter is exchanged with any PEFT program as it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from fedgraft.errors import UpdateError
+
+Tensors = dict[str, Tensor]
+"""Named tensors, the common currency of messages, spools and checkpoints."""
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight$")
+
+
+def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which `layer.2` comes before `layer.10`, the same on every machine."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+
+
+def factor_name(layer: str, factor: str) -> str:
+    """Return the tensor name of one factor ("A" or "B") of a layer."""
+    return f"{layer}.lora_{factor}.weight"
+
+
+def parse_factor(name: str) -> tuple[str, str] | None:
+    """Split a tensor name into (layer, "A" or "B"); None for an extra.
+
+    The factor is read from the name and never from the shape: when d = r the shapes are equal.
+    """
+    match = _FACTOR.match(name)
+    return (match["layer"], match["factor"]) if match else None
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The LoRA factors of one layer: A (r, d_in), B (d_out, r), and scaling (alpha / r)."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def product(self) -> Tensor:
+        """Return the layer's weight change, scaling * B @ A, of shape (d_out, d_in), in float32."""
+        return self.scaling * (self.B.float() @ self.A.float())
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> LoraLayer:
+        """Return the layer with A, B or both replaced."""
+        return replace(self, A=factors.get("A", self.A), B=factors.get("B", self.B))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA layers and extras, both in the stable order of `natural_order`."""
+
+    layers: Mapping[str, LoraLayer]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _ordered(self.layers))
+        object.__setattr__(self, "extras", _ordered(self.extras))
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """The scaling alpha / r of each layer."""
+        return {name: layer.scaling for name, layer in self.layers.items()}
+
+    def tensors(self, factors: Iterable[str] = ("A", "B"), *, extras: bool = True) -> Tensors:
+        """Return the named tensors, in stable order: the given factors, then the extras."""
+        wanted = [factor for factor in ("A", "B") if factor in set(factors)]
+        tensors = {
+            factor_name(name, factor): getattr(layer, factor)
+            for name, layer in self.layers.items()
+            for factor in wanted
+        }
+        if extras:
+            tensors |= self.extras
+        return tensors
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], scaling: float | Mapping[str, float] = 1.0
+    ) -> Adapter:
+        """Build an adapter from PEFT-named tensors.
+
+        Args:
+            tensors: PEFT's state dict, as `get_peft_model_state_dict` returns it.
+            scaling: alpha / r, one for all layers or one for each.
+
+        Raises:
+            UpdateError: a layer has only one of its two factors, or factors that do not multiply.
+        """
+        factors: dict[str, Tensors] = {}
+        extras: Tensors = {}
+        for name, tensor in tensors.items():
+            parsed = parse_factor(name)
+            if parsed is None:
+                extras[name] = tensor
+            else:
+                factors.setdefault(parsed[0], {})[parsed[1]] = tensor
+        layers: dict[str, LoraLayer] = {}
+        for name, pair in factors.items():
+            if len(pair) != 2:
+                missing = "A" if "B" in pair else "B"
+                raise UpdateError(f"the adapter has no tensor {factor_name(name, missing)!r}")
+            a, b = pair["A"], pair["B"]
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                raise UpdateError(
+                    f"the factors of layer {name!r} do not multiply: "
+                    f"B has shape {tuple(b.shape)}, A has shape {tuple(a.shape)}"
+                )
+            layers[name] = LoraLayer(a, b, scaling[name] if isinstance(scaling, Mapping) else scaling)
+        return cls(layers, extras)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with the named tensors replaced; the others stay as they are."""
+        return Adapter.from_tensors(self.tensors() | dict(tensors), self.scalings)
+
+    def digest(self) -> str:
+        """Return the hash of names, shapes and float32 values: equal adapters, equal digests."""
+        return digest(self.tensors())
+
+
+_Value = TypeVar("_Value")
+
+
+def _ordered(named: Mapping[str, _Value]) -> dict[str, _Value]:
+    return {name: named[name] for name in sorted(named, key=natural_order)}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hexadecimal SHA-256 over names, shapes and float32 values."""
+    total = hashlib.sha256()
+    for name in sorted(tensors, key=natural_order):
+        values = _numpy(tensors[name].float())
+        total.update(f"{name}\x1f{values.shape}\x1f".encode())
+        total.update(np.ascontiguousarray(values).tobytes())
+    return total.hexdigest()
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16; float32 holds every value of it
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
+def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Encode named tensors as a Flower ArrayRecord that Flower's own strategies can read too."""
+    return ArrayRecord({name: Array(_numpy(tensor)) for name, tensor in tensors.items()})
+
+
+def from_arrays(arrays: ArrayRecord) -> Tensors:
+    """Decode an ArrayRecord into named tensors (numpy bytes only: nothing is unpickled).
+
+    Raises:
+        UpdateError: an array that is not numpy's, or whose bytes cannot be read.
+    """
+    tensors: Tensors = {}
+    for name, array in arrays.items():
+        try:
+            values = array.numpy()
+        except (TypeError, ValueError, EOFError, OSError) as error:
+            raise UpdateError(f"tensor {name!r} cannot be read: {error}") from error
+        if not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
+            raise UpdateError(f"tensor {name!r} holds {values.dtype}, not numbers")
+        tensors[name] = torch.from_numpy(np.array(values))
+    return tensors
+
+
+def payload_bytes(arrays: ArrayRecord) -> int:
+    """Return how many bytes the arrays take on the wire."""
+    return sum(len(array.data) for array in arrays.values())

@@ -1,0 +1,340 @@
+"""One typed config for every command: the same keys in a TOML file, in `--set` and on the wire.
+
+Keys are written as in the documentation, `federation.min-clients`; in code the same value is
+`config.federation.min_clients`. Unknown keys and wrong types are refused with the nearest valid
+key. The defaults run: the digits task, six clients, FedAvg.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedgraft.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+RUN_CONFIG_KEY = "fedgraft.config"
+"""The one key under which a resolved config travels as JSON in Flower's run config."""
+
+
+def _kebab(name: str) -> str:
+    return name.rstrip("_").replace("_", "-")
+
+
+class Group(BaseModel):
+    """A group of keys: written with dashes, frozen, and strict about unknown keys and types."""
+
+    model_config = ConfigDict(
+        alias_generator=_kebab,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+    )
+
+
+class TaskConfig(Group):
+    name: str = "digits"
+    data: str | None = None  # a file, a folder or a Hub dataset's id; digits brings its own
+    text_field: str = "text"
+    label_field: str = "label"
+    template: str | None = None  # causal-lm: "Question: {question}\nAnswer: {answer}"
+    max_length: Positive = 256  # tokens
+    samples: Positive | None = None  # at most so many training examples; all when unset
+
+
+class ModelConfig(Group):
+    base: str | None = None  # a Hub id or a local folder; digits brings its own
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+class AdapterConfig(Group):
+    type: Literal["lora", "rslora"] = "lora"
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: list[str] | Literal["all-linear"] | None = None  # None: the task's own choice
+    from_: str | None = Field(None, alias="from")  # an adapter folder to start from
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rslora (Kalajdzievski 2023, arXiv:2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.type == "rslora" else self.rank)
+
+
+class FederationConfig(Group):
+    clients: Positive = 6
+    fraction: Fraction = 1.0  # of the clients, sampled each round
+    min_clients: Positive = 1  # fewer valid updates than this end the run
+    deadline: Annotated[float, Field(gt=0.0)] = 3600.0  # seconds to wait for a round's replies
+    rounds: Positive = 40
+    partition: Literal["iid", "dirichlet", "shards", "domain", "natural"] | None = None
+    concentration: Annotated[float, Field(gt=0.0)] = 0.5  # Dirichlet's alpha: small is skewed
+    partition_column: str | None = None
+
+
+class TrainConfig(Group):
+    steps: Positive | None = None  # optimizer steps a round; 5 when neither it nor epochs is set
+    epochs: Annotated[float, Field(gt=0.0)] | None = None  # passes over the client's data a round
+    batch_size: Positive = 25
+    micro_batch: Positive | None = None  # examples a forward pass; the whole batch when unset
+    lr: Annotated[float, Field(gt=0.0)] = 8e-3
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd only
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # over the whole run
+    proximal_mu: Annotated[float, Field(ge=0.0)] = 0.0  # FedProx's mu; 0 switches it off
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # global norm; 0 switches it off
+    loss: Literal["response", "all"] = "response"  # causal-lm: which tokens count
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("train.steps and train.epochs exclude each other: set one of them")
+        return self
+
+    def steps_for(self, examples: int) -> int:
+        """Return how many optimizer steps a client with so many examples takes in a round."""
+        if self.epochs is not None:
+            return max(1, round(self.epochs * examples / self.batch_size))
+        return self.steps or 5
+
+
+class StrategyConfig(Group):
+    """`strategy.name`, and the options of that rule, which the rule itself checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "fedavg"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class EvaluateConfig(Group):
+    every: Positive = 1  # rounds
+    fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # cut off where no file is given
+    clients: bool = True  # every client reports the global adapter's metric on its own validation
+    batch_size: Positive = 256
+    patience: Positive | None = None  # evaluations without a better one before stopping early
+
+
+class CheckpointConfig(Group):
+    every: Positive = 1  # rounds
+    keep: Positive = 2
+
+
+class TrackConfig(Group):
+    tensorboard: bool = False
+
+
+class Config(Group):
+    """Everything that a run is a function of."""
+
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    federation: FederationConfig = FederationConfig()
+    train: TrainConfig = TrainConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Positive | None = None  # torch's threads; chosen by the model's size when unset
+    compare: dict[str, dict[str, Any]] = {}  # [compare.<strategy>]: keys set for it alone
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Config:
+        if self.federation.min_clients > self.federation.clients:
+            raise ValueError(
+                f"federation.min-clients is {self.federation.min_clients}, more than "
+                f"federation.clients ({self.federation.clients})"
+            )
+        return self
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
+        """Return the config with dotted keys replaced, checked anew."""
+        tree = self.to_dict()
+        for key, value in overrides.items():
+            _set(tree, key, value)
+        return Config.from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain nested values under its written keys, unset ones left out."""
+        return self.model_dump(by_alias=True, exclude_none=True, mode="json")
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "") -> Config:
+        """Check a tree of written keys.
+
+        Raises:
+            ConfigError: an unknown key (the nearest valid one is named), a wrong type or value.
+        """
+        try:
+            return cls.model_validate(_unflatten(tree))
+        except ValidationError as error:
+            raise config_error(error, known_keys(), source) from None
+
+    @classmethod
+    def load(cls, path: Path | None = None, settings: Iterable[str] = ()) -> Config:
+        """Read a TOML file (or the defaults) and apply `key=value` settings on top.
+
+        Raises:
+            ConfigError: the file is missing or no TOML, or `from_dict` refuses what it holds.
+        """
+        tree: dict[str, Any] = {}
+        if path is not None:
+            tree = read_toml(path)
+        for key, value in parse_settings(settings).items():
+            _set(tree, key, value)
+        return cls.from_dict(tree, source=str(path) if path else "")
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> Config:
+        """Read the config that travelled in Flower's run config: JSON, or scalar dotted keys."""
+        text = run_config.get(RUN_CONFIG_KEY)
+        if text:
+            return cls.from_dict(json.loads(str(text)))
+        scalars = {k: v for k, v in run_config.items() if k.split(".")[0] not in ("fedgraft", "out")}
+        return cls.from_dict(scalars, source="[tool.flwr.app.config]")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not TOML (with the line).
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}", "Check the path.") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path} is a folder, not a config file", "Name a .toml file in it, or use --resume."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", "Mend that line.") from None
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Parse `key=value` settings; a value is read as TOML and, where it is none, as text.
+
+    Raises:
+        ConfigError: a setting without a key or an equals sign.
+    """
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--set {setting!r} is not key=value", "Write it like --set train.lr=0.01."
+            )
+        parsed[key.strip()] = parse_value(text.strip())
+    return parsed
+
+
+def parse_value(text: str) -> Any:
+    """Read one value as TOML; what is no TOML is text, so names need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def known_keys() -> list[str]:
+    """Return every key of the config as users write it."""
+    keys: list[str] = []
+    for name, field in Config.model_fields.items():
+        written = field.alias or _kebab(name)
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, Group):
+            keys += [
+                f"{written}.{inner.alias or _kebab(key)}"
+                for key, inner in group.model_fields.items()
+            ]
+        else:
+            keys.append(written)
+    return keys
+
+
+def config_error(error: ValidationError, known: list[str], source: str = "", prefix: str = "") -> ConfigError:
+    """Turn pydantic's first complaint into one sentence that names key, value and remedy."""
+    first = error.errors()[0]
+    key = prefix + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+    where = f" in {source}" if source else ""
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        leaves = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        guess = leaves[:1] or nearest
+        remedy = f"Did you mean {guess[0]}?" if guess else f"Known keys: {', '.join(known)}."
+        return ConfigError(f"unknown config key {key}{where}", remedy)
+    reason = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return ConfigError(f"the config{where} contradicts itself: {reason}", "")
+    if first["type"] == "value_error":
+        return ConfigError(f"{reason}{where}")
+    found = first.get("input")
+    return ConfigError(
+        f"config key {key}{where} is {found!r}: {reason[0].lower()}{reason[1:]}",
+        f"Set {key} to a valid value, in the file or with --set {key}=...",
+    )
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a part of pydantic's location names a union's branch and not a key."""
+    return isinstance(part, int) or str(part).startswith(("list[", "literal[", "constrained"))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *groups, leaf = key.split(".")
+    for group in groups:
+        inner = tree.setdefault(group, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"config key {key} cannot be set: {group} is not a group of keys")
+        tree = inner
+    tree[leaf] = value
+
+
+def _unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested groups; what is nested already stays."""
+    nested: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(nested.get(key), dict):
+            for inner, leaf in value.items():
+                _set(nested, f"{key}.{inner}", leaf)
+        elif isinstance(value, Mapping):
+            nested[key] = dict(value)
+        else:
+            _set(nested, key, value)
+    return nested
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested groups into dotted keys, the form that `--set` and `with_overrides` take."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

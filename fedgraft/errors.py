@@ -1,0 +1,53 @@
+"""Errors that say what went wrong and what to do about it.
+
+Every error a user can cause is a `FedGraftError`: a message that names the key, file, client or
+tensor and the value found, and a remedy. The command line prints both in one or two lines and
+exits with `exit_status`; anything else is a bug and keeps its traceback in the run's log.
+"""
+
+from __future__ import annotations
+
+
+class FedGraftError(Exception):
+    """A run that failed for a reason its user can act on.
+
+    Args:
+        message: what is wrong, naming the thing and the value found.
+        remedy: what to do about it, as an imperative sentence.
+    """
+
+    exit_status = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}" if self.remedy else self.message
+
+
+class ConfigError(FedGraftError):
+    """A configuration or a command line that cannot be honoured."""
+
+    exit_status = 2
+
+
+class DataError(FedGraftError):
+    """A data file or folder that cannot be read as its task needs it."""
+
+    exit_status = 2
+
+
+class ModelError(FedGraftError):
+    """A base model, or its adapter, that cannot be loaded or attached."""
+
+    exit_status = 2
+
+
+class UpdateError(FedGraftError):
+    """A client's update that was refused; the message names the client and the tensor."""
+
+
+class RunError(FedGraftError):
+    """A federation that could not go on (too few clients, a full disk, a damaged checkpoint)."""

@@ -1,0 +1,68 @@
+"""Keep the screen ours: what Flower, transformers and datasets have to say goes to a log file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedgraft.files import disk_errors
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_CHATTY = ("flwr", "transformers", "datasets", "peft", "ray", "huggingface_hub")
+
+
+def quiet_environment() -> dict[str, str]:
+    """Return the variables that silence progress bars, telemetry and update checks."""
+    return {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+
+
+@contextmanager
+def quiet(path: Path) -> Iterator[None]:
+    """Inside the block all logging and warnings go to a file and nothing to the screen.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    for name, value in quiet_environment().items():
+        os.environ.setdefault(name, value)
+    with disk_errors(path):
+        handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    saved = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    root = logging.getLogger()
+    root_handlers, root_level = root.handlers[:], root.level
+    for logger in loggers:
+        logger.handlers, logger.propagate = [], True
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    _hide_bars()
+    try:
+        with warnings.catch_warnings():
+            logging.captureWarnings(True)
+            yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers = root_handlers
+        root.setLevel(root_level)
+        for logger, handlers, propagate in saved:
+            logger.handlers, logger.propagate = handlers, propagate
+        handler.close()
+
+
+def _hide_bars() -> None:
+    """Switch off the bars of libraries that are loaded already and so read no variables."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

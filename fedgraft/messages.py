@@ -1,0 +1,179 @@
+"""What a request and a reply hold, encoded and decoded in this one place.
+
+The records follow Flower's own convention (arrays under "arrays", settings under "config",
+numbers under "metrics", the weight as "num-examples"), so FedGraft's strategy works with anybody's
+ClientApp and FedGraft's ClientApp with anybody's strategy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedgraft.adapter import Tensors, from_arrays
+from fedgraft.errors import UpdateError
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+WEIGHT = "num-examples"
+HELLO = "query.hello"
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the server asks of one client in one round.
+
+    Attributes:
+        round: counted from 1.
+        arrays: the tensors that go down, encoded.
+        train: which factors are trained and come back, "A", "B" or both ("AB").
+        lineage: the run's id; a client's personal state is keyed by it.
+        a_hash: digest of the A factors that both sides derive from the seed; "" when A travels.
+        base_hash: the base that the server holds; "" accepts any.
+        durable_round: the oldest round that the server may resume from; older personal state
+            may be dropped.
+    """
+
+    round: int
+    arrays: ArrayRecord
+    train: str = "AB"
+    lineage: str = ""
+    a_hash: str = ""
+    base_hash: str = ""
+    durable_round: int = 0
+
+    def encode(self, extra: ConfigRecord | None = None) -> RecordDict:
+        """Return the records of a Flower message, on top of the caller's own settings."""
+        config = ConfigRecord(dict(extra or {}))
+        config["server-round"] = self.round
+        config["train"] = self.train
+        config["lineage"] = self.lineage
+        config["a-hash"] = self.a_hash
+        config["base-hash"] = self.base_hash
+        config["durable-round"] = self.durable_round
+        return RecordDict({ARRAYS: self.arrays, CONFIG: config})
+
+    @classmethod
+    def decode(cls, content: RecordDict) -> TrainRequest:
+        """Read a request; what another strategy does not send has its default.
+
+        Raises:
+            UpdateError: the message has no arrays.
+        """
+        config = _config(content)
+        return cls(
+            round=int(_number(config, "server-round", 1)),
+            arrays=_arrays(content),
+            train=str(config.get("train", "AB")),
+            lineage=str(config.get("lineage", "")),
+            a_hash=str(config.get("a-hash", "")),
+            base_hash=str(config.get("base-hash", "")),
+            durable_round=int(_number(config, "durable-round", 0)),
+        )
+
+    def tensors(self) -> Tensors:
+        return from_arrays(self.arrays)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers: tensors (after training), its weight and its agreed metrics.
+
+    Attributes:
+        arrays: the trained tensors, encoded; empty after an evaluation.
+        weight: how many examples the client trained or evaluated on.
+        metrics: numbers by name (`loss`, `steps`, `seconds`, the task's metric).
+        refusal: why the client would not do it; "" when it did.
+    """
+
+    arrays: ArrayRecord | None = None
+    weight: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    refusal: str = ""
+
+    def encode(self) -> RecordDict:
+        """Return the records of a Flower message."""
+        if self.refusal:
+            return RecordDict({CONFIG: ConfigRecord({"refusal": self.refusal})})
+        metrics = MetricRecord({WEIGHT: self.weight, **self.metrics})
+        records = RecordDict({METRICS: metrics})
+        if self.arrays is not None:
+            records[ARRAYS] = self.arrays
+        return records
+
+    @classmethod
+    def decode(cls, content: RecordDict) -> Reply:
+        """Read a reply. Its numbers are untrusted: metrics that are not finite are left out.
+
+        Raises:
+            UpdateError: the reply has no metrics, or its weight is missing or not a number.
+        """
+        refusal = str(_config(content).get("refusal", ""))
+        if refusal:
+            return cls(refusal=refusal)
+        records = content.metric_records
+        if METRICS not in records and len(records) != 1:
+            raise UpdateError("the reply has no metrics record")
+        metrics = records[METRICS] if METRICS in records else next(iter(records.values()))
+        weight = metrics.get(WEIGHT)
+        if not isinstance(weight, int | float):
+            raise UpdateError(f"the weight {WEIGHT!r} is {weight!r}, not a number")
+        numbers = {
+            name: float(value)
+            for name, value in metrics.items()
+            if name != WEIGHT and isinstance(value, int | float) and math.isfinite(value)
+        }
+        arrays = _arrays(content) if content.array_records else None
+        return cls(arrays=arrays, weight=float(weight), metrics=numbers)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A client's answer to the question who it is.
+
+    Attributes:
+        name: the client's name, unique in the federation.
+        description: what its data is, in a few words, where it may say so.
+    """
+
+    name: str
+    description: str = ""
+
+    def encode(self) -> RecordDict:
+        """Return the records of a Flower message."""
+        return RecordDict(
+            {CONFIG: ConfigRecord({"name": self.name, "description": self.description})}
+        )
+
+    @classmethod
+    def decode(cls, content: RecordDict) -> Hello:
+        """Read an answer.
+
+        Raises:
+            UpdateError: it has no name.
+        """
+        config = _config(content)
+        name = str(config.get("name", ""))
+        if not name:
+            raise UpdateError("the node answered without a client name")
+        return cls(name, str(config.get("description", "")))
+
+
+def _config(content: RecordDict) -> ConfigRecord:
+    records = content.config_records
+    return records[CONFIG] if CONFIG in records else ConfigRecord()
+
+
+def _arrays(content: RecordDict) -> ArrayRecord:
+    records = content.array_records
+    if ARRAYS in records:
+        return records[ARRAYS]
+    if len(records) == 1:
+        return next(iter(records.values()))
+    raise UpdateError(f"the message holds {len(records)} array records, not one named {ARRAYS!r}")
+
+
+def _number(config: ConfigRecord, key: str, default: int) -> float:
+    value = config.get(key, default)
+    return value if isinstance(value, int | float) else default

@@ -1,0 +1,268 @@
+"""The resident model: the base loaded once and kept, adapters swapped into it in place.
+
+Client and server both stand on it. The frozen weights are never written after loading; a test
+hashes them before and after whole federations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedgraft.adapter import Adapter, Tensors, digest, natural_order, parse_factor
+from fedgraft.config import Config
+from fedgraft.errors import ModelError
+from fedgraft.registry import load_plugin
+from fedgraft.seeds import stream
+from fedgraft.tasks.task import Batch, Examples, Task
+
+TASKS = "fedgraft.tasks"
+SMALL_MODEL = 20_000_000
+"""Parameters under which one thread is fastest, and the default."""
+
+
+def load_task(config: Config) -> Task:
+    """Build the config's task.
+
+    Raises:
+        ConfigError: no installed task has that name.
+    """
+    task: Task = load_plugin(TASKS, config.task.name, key="task.name")(config)
+    return task
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that `model.device` names; "auto" is the best one here.
+
+    Raises:
+        ModelError: no such device on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"model.device is {name!r}, which this machine cannot use: {str(error).splitlines()[0]}",
+            'Set model.device to "auto" or "cpu".',
+        ) from error
+    return device
+
+
+def hash_base(model: nn.Module, quantization: str = "none") -> str:
+    """Return the base's identity: SHA-256 of its source tensors and quantisation settings."""
+    total = hashlib.sha256(f"quantization={quantization}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def default_threads(parameters: int) -> int:
+    """Return torch's threads for a model of so many parameters when `threads` is unset."""
+    return 1 if parameters < SMALL_MODEL else (os.cpu_count() or 1)
+
+
+class ResidentModel:
+    """A base with a PEFT adapter attached, into which any adapter of the same shapes is loaded.
+
+    Attributes:
+        base_hash: identity of the frozen base (`hash_base`).
+        parameters: the trainable parameters by their adapter tensor names, in stable order.
+        scaling: alpha / r of every layer.
+        threads: torch threads that work on this model uses.
+    """
+
+    def __init__(self, task: Task, config: Config) -> None:
+        self.device = pick_device(config.model.device)
+        # Moved before PEFT attaches: moving afterwards leaves optimizers on stale tensors.
+        base = task.load_base().to(self.device)
+        self.base_hash = hash_base(base)
+        self.threads = config.threads or default_threads(sum(p.numel() for p in base.parameters()))
+        self.model = _attach(base, task, config)
+        self.scaling = config.adapter.scaling
+        named = {
+            _adapter_name(name): parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.parameters = {name: named[name] for name in sorted(named, key=natural_order)}
+
+    def use_threads(self) -> None:
+        """Give torch this model's thread count; sums depend on it to the last bit."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+
+    def initial_adapter(self, seed: int) -> Adapter:
+        """Return the adapter that changes nothing: A from the seed, B zero, extras the base's own.
+
+        A is uniform within 1 / sqrt(d_in), PEFT's Kaiming default, drawn by a portable generator
+        so that every machine holds the same bits.
+        """
+        tensors = {
+            name: parameter.detach().float().cpu().clone()
+            for name, parameter in self.parameters.items()
+            if parse_factor(name) is None
+        }
+        derived = self.derived_A(seed)
+        for name, parameter in self.parameters.items():
+            parsed = parse_factor(name)
+            if parsed is None:
+                continue
+            tensors[name] = derived[name] if parsed[1] == "A" else torch.zeros(parameter.shape)
+        return Adapter.from_tensors(tensors, self.scaling)
+
+    def derived_A(self, seed: int) -> Tensors:
+        """Return every layer's A as the run's seed determines it, float32."""
+        return {
+            name: derive_A(name, tuple(parameter.shape), seed)
+            for name, parameter in self.parameters.items()
+            if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy named tensors into the model in place; the ones not named stay.
+
+        Raises:
+            ModelError: a tensor that the model has not, or of another shape.
+        """
+        for name, tensor in tensors.items():
+            parameter = self.parameters.get(name)
+            if parameter is None or parameter.shape != tensor.shape:
+                found = None if parameter is None else tuple(parameter.shape)
+                raise ModelError(
+                    f"the adapter's tensor {name!r} has shape {tuple(tensor.shape)}; "
+                    f"this model's is {found}",
+                    "Use the same base, adapter.rank and adapter.targets as the adapter was made with.",
+                )
+            parameter.copy_(tensor)
+
+    def read(self) -> Tensors:
+        """Return copies of the trainable tensors, float32, on the CPU."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self.parameters.items()
+        }
+
+    def adapter(self) -> Adapter:
+        """Return what `read` does as an adapter."""
+        return Adapter.from_tensors(self.read(), self.scaling)
+
+    def evaluate(
+        self, task: Task, adapter: Adapter, examples: Examples, batch_size: int
+    ) -> dict[str, float]:
+        """Load an adapter and return the task's metrics on the examples."""
+        self.use_threads()
+        self.load(adapter.tensors())
+        self.model.eval()
+        with torch.inference_mode():
+            metrics = task.measure(self.model, self.batches(examples, batch_size))
+        return metrics | {"examples": float(len(examples))}
+
+    def batches(self, examples: Examples, batch_size: int) -> Iterator[Batch]:
+        """Yield the examples in order, on the model's device."""
+        for start in range(0, len(examples), batch_size):
+            indices = np.arange(start, min(start + batch_size, len(examples)))
+            yield self.to_device(examples.batch(indices))
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a batch to the model's device."""
+        if self.device.type == "cpu":
+            return batch
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return PEFT's config of the adapter, as plain values (sets included)."""
+        config: dict[str, Any] = self.model.peft_config["default"].to_dict()  # type: ignore[union-attr, index, operator]
+        return config
+
+    def frozen_digest(self) -> str:
+        """Return a hash of every weight that must not change."""
+        frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
+        return digest(frozen)
+
+
+_resident: dict[str, ResidentModel] = {}
+_tasks: dict[str, Task] = {}
+_TASKS_KEPT = 4
+
+
+def resident_task(config: Config) -> Task:
+    """Return the process's task for this config, so that data are read and encoded only once.
+
+    Raises:
+        ConfigError: no installed task has that name.
+    """
+    tree = config.to_dict()
+    relevant = ("task", "model", "federation", "evaluate", "seed", "train")
+    key = repr({group: tree[group] for group in relevant})
+    if key not in _tasks:
+        while len(_tasks) >= _TASKS_KEPT:
+            del _tasks[next(iter(_tasks))]
+        _tasks[key] = load_task(config)
+    return _tasks[key]
+
+
+def resident_model(task: Task, config: Config) -> ResidentModel:
+    """Return the process's resident model for this config, loading it on the first call only.
+
+    One model is kept: asking for another base or adapter shape lets the first one go.
+    """
+    tree = config.to_dict()
+    adapter = {key: value for key, value in tree["adapter"].items() if key != "from"}
+    task_keys = {key: value for key, value in tree["task"].items() if key != "samples"}
+    key = repr((task_keys, tree["model"], adapter, config.threads))
+    if key not in _resident:
+        _resident.clear()
+        _resident[key] = ResidentModel(task, config)
+    return _resident[key]
+
+
+def derive_A(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return one layer's A (r, d_in) from the run's seed; its first rows serve a smaller rank."""
+    bound = shape[1] ** -0.5
+    values = stream(seed, "initial-A", client=name).uniform(-bound, bound, size=shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _adapter_name(parameter_name: str) -> str:
+    """Return the state-dict name of a parameter of the adapter PEFT calls "default"."""
+    name = parameter_name.replace(".modules_to_save.default", "")
+    return name.replace(".lora_A.default", ".lora_A").replace(".lora_B.default", ".lora_B")
+
+
+def _attach(base: nn.Module, task: Task, config: Config) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.adapter.targets or task.default_targets
+    peft_config = LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=config.adapter.dropout,
+        use_rslora=config.adapter.type == "rslora",
+        target_modules=targets,
+        modules_to_save=list(task.extras) or None,
+        task_type=task.peft_task_type,
+    )
+    try:
+        model: nn.Module = get_peft_model(base, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        if "arget module" not in str(error):
+            raise
+        linear = sorted({n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"adapter.targets is {targets!r}, and no module of the base matches it",
+            f"Linear modules here: {', '.join(linear)}; or use \"all-linear\".",
+        ) from error
+    return model
+

@@ -1,0 +1,158 @@
+"""The run directory: everything one run leaves behind, and the only place its layout is known.
+
+    config.toml    the resolved config, the lineage, and the versions of what computed it
+    rounds.jsonl   one object a round, round 0 being the untouched start
+    summary.json   the run in one object, written when it has finished
+    adapter/       the chosen adapter as PEFT loads it
+    checkpoints/   what a resume continues from
+    personal/      what simulated clients keep between rounds
+    plots/, report.html, run.log, progress.jsonl (what the screen follows)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError, RunError
+from fedgraft.files import disk_errors, write_json, write_text
+
+OUT_KEY = "fedgraft.out"
+"""Key of Flower's run config that holds the run directory's path."""
+PERSONAL_KEY = "fedgraft.personal"
+"""Key of Flower's run config that tells simulated clients where to keep personal state."""
+
+_PACKAGES = ("fedgraft", "flwr", "torch", "peft", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+class RunDirectory:
+    """One run's directory. Use `create` for a new run and `open` for one that exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.rounds_file = path / "rounds.jsonl"
+        self.summary_file = path / "summary.json"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.personal = path / "personal"
+        self.plots = path / "plots"
+        self.report = path / "report.html"
+        self.log = path / "run.log"
+        self.progress = path / "progress.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, config: Config, lineage: str) -> RunDirectory:
+        """Start a new run's directory.
+
+        Raises:
+            ConfigError: the directory already holds a run, or something that is not a run.
+            RunError: the disk is full or refuses the write.
+        """
+        directory = cls(path)
+        if directory.config_file.exists():
+            raise ConfigError(
+                f"{path} already holds a run",
+                f"Continue it with --resume {path}, or choose another --out.",
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"{path} exists and is not an empty folder", "Choose another --out."
+            )
+        directory.write_config(config, lineage)
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run's directory.
+
+        Raises:
+            ConfigError: there is no run in it.
+        """
+        directory = cls(path)
+        if not directory.config_file.is_file():
+            raise ConfigError(
+                f"{path} holds no run: it has no config.toml",
+                "Name a directory that fedgraft simulate or compare wrote.",
+            )
+        return directory
+
+    def write_config(self, config: Config, lineage: str) -> None:
+        """Write config.toml: the resolved config with the run's lineage and versions."""
+        tree = config.to_dict() | {"run": {"lineage": lineage}, "versions": versions()}
+        write_text(self.config_file, tomli_w.dumps(tree))
+
+    def _config_tree(self) -> dict[str, Any]:
+        with self.config_file.open("rb") as file:
+            return tomllib.load(file)
+
+    def config(self) -> Config:
+        """Return the resolved config that the run was started with."""
+        tree = self._config_tree()
+        return Config.from_dict(
+            {key: value for key, value in tree.items() if key not in ("run", "versions")},
+            source=str(self.config_file),
+        )
+
+    def lineage(self) -> str:
+        """Return the id that a run and its resumes share; personal state is keyed by it."""
+        return str(self._config_tree()["run"]["lineage"])
+
+    def append_round(self, record: dict[str, Any]) -> None:
+        """Append one round's record to rounds.jsonl.
+
+        Raises:
+            RunError: the disk is full or refuses the write.
+        """
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with disk_errors(self.rounds_file), self.rounds_file.open("a") as file:
+            file.write(line)
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the records of rounds.jsonl; a last line cut by a crash is not one of them."""
+        records: list[dict[str, Any]] = []
+        if not self.rounds_file.exists():
+            return records
+        lines = self.rounds_file.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number == len(lines):
+                    break
+                raise RunError(f"{self.rounds_file}, line {number}, is damaged") from None
+        return records
+
+    def keep_rounds(self, last: int) -> None:
+        """Drop the records of rounds after `last`, which a resume is about to run again."""
+        kept = [record for record in self.rounds() if record["round"] <= last]
+        write_text(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the sign that a run has finished."""
+        write_json(self.summary_file, summary)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the run's summary, or None while it has not finished."""
+        if not self.summary_file.exists():
+            return None
+        loaded: dict[str, Any] = json.loads(self.summary_file.read_text())
+        return loaded

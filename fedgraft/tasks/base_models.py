@@ -1,0 +1,205 @@
+"""Base models from a local folder or the Hub: loaded quietly, or refused in one sentence.
+
+Weights that a base does not bring (a new classification head) are drawn from a fixed named stream
+and not from torch's, so every machine holds the same base. Only safetensors are read, and code
+that a repository brings is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedgraft.adapter import natural_order
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError, ModelError
+from fedgraft.seeds import stream
+from fedgraft.tasks.hub import local_path, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+NEW_WEIGHT_SD = 0.02
+"""Standard deviation of new weights: BERT's (Devlin et al. 2019), and transformers' own default."""
+
+_Loaded = TypeVar("_Loaded")
+
+
+def load_model(
+    auto_class: Any, config: Config, *, heads: Sequence[str] = (), **options: Any
+) -> nn.Module:
+    """Load the base that `model.base` names, on the CPU, in `model.dtype`, in eval mode.
+
+    Args:
+        auto_class: one of transformers' auto classes, `AutoModelForCausalLM` say.
+        config: its `model` group: a local folder, or a Hub id with `model.revision`.
+        heads: modules that may be of another shape than the base's own (a head for other
+            classes); they are then drawn anew.
+        options: more arguments for `from_pretrained`, `id2label` say.
+
+    Raises:
+        ConfigError: `model.base` is not set.
+        ModelError: the folder is not there, the Hub id cannot be fetched, or it holds no model of
+            this kind in safetensors.
+    """
+
+    def load(source: str, revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
+        loaded: tuple[nn.Module, dict[str, Any]] = auto_class.from_pretrained(
+            source,
+            revision=revision or "main",
+            dtype=getattr(torch, config.model.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=bool(heads),
+            output_loading_info=True,
+            **options,
+        )
+        return loaded
+
+    model, info = _load(config, load)
+    reshaped = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    absent = (set(info["missing_keys"]) | reshaped) & {name for name, _ in model.named_parameters()}
+    foreign = {name for name in reshaped if not name.startswith(tuple(f"{h}." for h in heads))}
+    if foreign or len(absent) > sum(1 for _ in model.parameters()) / 2:
+        raise ModelError(
+            f"the weights of model.base {config.model.base!r} do not fit its config.json: "
+            f"{min(foreign or absent, key=natural_order)} is absent or of another shape",
+            "Download or save the base again.",
+        )
+    draw_new_weights(model, absent)
+    return model.eval()
+
+
+def load_config(config: Config) -> PreTrainedConfig:
+    """Load the config of the base; raises as `load_model` does."""
+    from transformers import AutoConfig
+
+    return _load(
+        config,
+        lambda source, revision: AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        ),
+    )
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the base; raises as `load_model` does."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = _load(
+        config,
+        lambda source, revision: AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        ),
+    )
+    return tokenizer
+
+
+def load_image_processor(config: Config) -> Any:
+    """Load the image processor of the base; None where it brings none."""
+    from transformers import AutoImageProcessor
+
+    folder = local_path(config.model.base or "")
+    if folder is not None and not (folder / "preprocessor_config.json").exists():
+        return None
+    return _load(
+        config,
+        lambda source, revision: AutoImageProcessor.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        ),
+    )
+
+
+def head_modules(auto_class: Any, base: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the names of the modules that a model of this kind puts on top of its backbone.
+
+    They are read from the model's structure, built without weights: `classifier`, `score`,
+    `pre_classifier`, whatever the architecture calls them.
+
+    Raises:
+        ModelError: the architecture has no model of this kind.
+    """
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(base)
+    except ValueError as error:
+        raise ModelError(
+            f"there is no {auto_class.__name__} for a base of type {base.model_type!r}",
+            "Choose a base whose architecture has one.",
+        ) from error
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    )
+
+
+def draw_new_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Fill the named tensors in place, the same on every machine.
+
+    Matrices are drawn from Normal(0, 0.02), each from its own stream; biases become 0, and other
+    vectors (the gains of a normalisation) 1.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    new = sorted(names, key=natural_order)
+    with torch.no_grad():
+        for name in new:
+            tensor = tensors[name]
+            if tensor.ndim >= 2:
+                draws = stream(0, "new-weights", client=name).normal(
+                    0.0, NEW_WEIGHT_SD, tensor.shape
+                )
+                tensor.copy_(torch.from_numpy(draws))
+            else:
+                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    if new:
+        log.info("the base brings no weights for %s: drawn anew", ", ".join(new))
+
+
+def _load(config: Config, load: Callable[[str, str | None], _Loaded]) -> _Loaded:
+    """Resolve `model.base`, load, and turn what goes wrong into one sentence."""
+    base = config.model.base
+    if base is None:
+        raise ConfigError(
+            f"task {config.task.name} needs a base model, and model.base is not set",
+            "Set model.base to a Hugging Face model folder or Hub id.",
+        )
+    folder = local_path(base)
+    if folder is not None:
+        _check_folder(base, folder)
+    try:
+        return load(str(folder or base), None if folder else config.model.revision)
+    except Exception as error:  # transformers raises nearly every kind for a base it cannot load
+        if isinstance(error, MemoryError):
+            raise
+        why, remedy = reason(error)
+        kind = "cannot" if folder else "is no local folder, and as a Hub id it cannot"
+        raise ModelError(f"model.base {base!r} {kind} be loaded: {why}", remedy) from error
+
+
+def _check_folder(base: str, folder: Path) -> None:
+    """Refuse what transformers would answer with a page of text."""
+    if not folder.is_dir():
+        state = "is a file, not a folder" if folder.exists() else "is not there"
+        raise ModelError(
+            f"model.base is {base!r}, and that folder {state}",
+            "Check the path, or name a Hub id such as owner/name.",
+        )
+    path = folder / "config.json"
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(
+            f"model.base is {base!r}, and that folder holds no config.json",
+            "Name a folder that save_pretrained wrote: config.json, model.safetensors, tokenizer.",
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}", "Download the base again.") from None

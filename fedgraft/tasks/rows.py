@@ -1,0 +1,150 @@
+"""What tasks on tables of rows share: three splits, encoded once, dealt to clients by row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
+from fedgraft.tasks import partition
+from fedgraft.tasks.splits import cut
+from fedgraft.tasks.task import Batch, Examples, Task
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split, encoded: the table's rows and the examples are the same, in the same order."""
+
+    table: datasets.Dataset
+    examples: Examples
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of a split's examples, which are not copied."""
+
+    examples: Examples
+    rows: partition.Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Collate the examples at these positions of the subset."""
+        return self.examples.batch(self.rows[indices])
+
+
+class RowsTask(Task):
+    """A task whose examples are rows of a table.
+
+    A subclass says what the given splits are (`read`) and how rows become examples (`encode`);
+    cutting the splits that are not given, dealing and memory are here. Every split is encoded at
+    most once, when it is first asked for.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._encoded: dict[str, Encoded] = {}
+
+    @abstractmethod
+    def read(self) -> Mapping[str, datasets.Dataset]:
+        """Return the splits that the data brings: "train", and any of the others."""
+
+    @abstractmethod
+    def encode(self, table: datasets.Dataset, split: str) -> Encoded:
+        """Turn the rows of one split into examples; rows that cannot be used may be left out."""
+
+    @property
+    def label_column(self) -> str | None:
+        """The column with the labels that dealing may go by; None for none."""
+        return None
+
+    @property
+    def domain_column(self) -> str | None:
+        """The column with each row's domain, by which rows are dealt by default; None for none."""
+        return None
+
+    def train(self, client: int | None = None) -> Examples:
+        """Return one client's training examples, as `partition.deal` deals them; all for None."""
+        examples = self.split("train").examples
+        return examples if client is None else Subset(examples, self._dealt[self._check(client)])
+
+    def validation(self, client: int | None = None) -> Examples:
+        """Return validation examples like one client's own; the whole split for None."""
+        examples = self.split("validation").examples
+        return examples if client is None else Subset(examples, self._alike[self._check(client)])
+
+    def test(self) -> Examples:
+        """Return the test split."""
+        return self.split("test").examples
+
+    def describe(self, client: int) -> str:
+        """Say how many examples a client has, and of which labels, domain or owner mostly."""
+        rows = self._dealt[self._check(client)]
+        how = partition.kind(self.config, self.domain_column)
+        column = {
+            "domain": self.domain_column or self.config.federation.partition_column,
+            "natural": self.config.federation.partition_column,
+            "dirichlet": self.label_column,
+            "shards": self.label_column,
+        }.get(how)
+        if column is None:
+            return f"{len(rows)} examples"
+        counts = Counter(self.split("train").table.select(rows)[column]).most_common(3)
+        if len(counts) == 1:
+            return f"{len(rows)} examples of {counts[0][0]}"
+        shares = ", ".join(f"{count / len(rows):.0%} {value}" for value, count in counts)
+        return f"{len(rows)} examples: {shares}"
+
+    def split(self, name: str) -> Encoded:
+        """Return one of "train", "validation" and "test", encoded."""
+        if name not in self._encoded:
+            self._encoded[name] = self.encode(self.tables[name], name)
+        return self._encoded[name]
+
+    @cached_property
+    def tables(self) -> dict[str, datasets.Dataset]:
+        """The three splits before encoding, those that were not given cut from the first."""
+        given = self.read()
+        evaluate, samples = self.config.evaluate, self.config.task.samples
+        parts = cut({name: len(table) for name, table in given.items()}, evaluate.fraction, samples)
+        return {name: given[source].select(rows) for name, (source, rows) in parts.items()}
+
+    @cached_property
+    def _dealt(self) -> list[partition.Rows]:
+        return partition.deal(
+            self.split("train").table,
+            self.config,
+            label=self.label_column,
+            domain=self.domain_column,
+        )
+
+    @cached_property
+    def _alike(self) -> list[partition.Rows]:
+        return partition.validation_like(
+            self.split("validation").table,
+            self.split("train").table,
+            self._dealt,
+            self.config,
+            label=self.label_column,
+            domain=self.domain_column,
+        )
+
+    def _check(self, client: int) -> int:
+        clients = self.config.federation.clients
+        if not 0 <= client < clients:
+            raise ConfigError(
+                f"there is no client {client}: federation.clients is {clients}",
+                f"Clients are numbered from 0 to {clients - 1}.",
+            )
+        return client

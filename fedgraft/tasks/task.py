@@ -1,0 +1,118 @@
+"""What a task is: data in three splits, a model, a loss and a metric with its direction.
+
+A task is built from a config and holds no model and no random state. Clients are numbered in a
+simulation; how the training rows are dealt to them is the partition's business
+(`fedgraft.tasks.partition`), the same for all tasks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedgraft.config import Config
+
+Batch = dict[str, Tensor]
+"""Named tensors with the examples on the first axis, as the model's forward takes them."""
+
+
+class Examples(Protocol):
+    """Examples ready to be trained on: encoded once, picked by index many times."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Collate the examples at these indices, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorExamples:
+    """Examples of equal shape, held as tensors with the examples on the first axis."""
+
+    tensors: Batch
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        picked = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
+        return {name: tensor[picked] for name, tensor in self.tensors.items()}
+
+
+class Task(ABC):
+    """One task of the registry `fedgraft.tasks`.
+
+    Attributes:
+        name: as `task.name` has it.
+        metric: the metric that is watched and reported, a key of what `measure` returns.
+        direction: whether a larger ("max") or smaller ("min") metric is better.
+        peft_task_type: PEFT's TaskType for the adapter's config; None for none.
+        default_targets: module names that LoRA attaches to unless `adapter.targets` says others.
+        extras: modules that are trained whole beside the factors (PEFT's modules_to_save).
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    direction: ClassVar[Literal["max", "min"]]
+    peft_task_type: ClassVar[str | None] = None
+    default_targets: list[str] | Literal["all-linear"] = "all-linear"
+    extras: tuple[str, ...] = ()
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load_base(self) -> nn.Module:
+        """Load the base model with its head, on the CPU, in `model.dtype`.
+
+        Weights that the base does not bring (a new head) are drawn from a fixed named stream, so
+        every machine holds the same base.
+
+        Raises:
+            ModelError: the folder or the Hub id cannot be loaded.
+        """
+
+    @abstractmethod
+    def train(self, client: int | None = None) -> Examples:
+        """Return one client's training examples; all clients' together for None."""
+
+    @abstractmethod
+    def validation(self, client: int | None = None) -> Examples:
+        """Return the validation examples like one client's own; the whole split for None."""
+
+    @abstractmethod
+    def test(self) -> Examples:
+        """Return the test split, which a run touches twice: at the start and at the end."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss summed over what `count` counts, a scalar with a gradient."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> int:
+        """Return how many terms `loss` sums: examples, or tokens of a language model."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+        """Return the metrics over all batches: at least `loss` (a mean) and `metric`.
+
+        The caller has put the model in eval mode and switched gradients off.
+        """
+
+    def describe(self, client: int) -> str:
+        """Say in a few words what one client's data is, for reports ("rotated +45")."""
+        return ""
+
+    @classmethod
+    def better(cls, new: float, old: float | None) -> bool:
+        """Whether a metric beats another one in this task's direction."""
+        if old is None:
+            return True
+        return new > old if cls.direction == "max" else new < old

@@ -1,0 +1,299 @@
+"""Curves of a run or a comparison: the metric by round and by bytes sent, and aggregation bias.
+
+Curves are of the validation split, which a run watches. Reference rows and results are of the test
+split, so they stand in a narrow panel of their own, on the same vertical axis.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from server.figure import (
+    INK,
+    QUIET,
+    WIDTH,
+    Plot,
+    Sheet,
+    clip,
+    colour,
+    key_of,
+    look,
+    plain_log,
+    plain_style,
+    spread,
+)
+from server.results import Results
+from server.series import Curve, bias_by_round, is_exact, metric_by_bytes, metric_by_round
+from server.statistics import finals, mean_and_sd, reference_finals
+from server.units import MEGABYTE, Unit
+
+_LOG_FROM = 20.0
+"""A loss whose largest value is so many times its smallest is drawn on a logarithmic axis."""
+_BAND = "Line: mean over seeds; band: lowest to highest seed."
+
+
+def metric_against_rounds(results: Results) -> Plot | None:
+    """Draw the validation metric by round, and beside it the test results and reference rows."""
+    unit = results.unit
+    curves = {label: metric_by_round(results.of(label), unit.metric) for label in results.labels}
+    if not any(len(curve.x) for curve in curves.values()):
+        return None
+    title = f"{unit.name.capitalize()} by round"
+    right, panel = 1.02, 0.58
+    with plain_style():
+        sheet = Sheet(title, _keys(results), height=2.75, right=right)
+        width = WIDTH - sheet.left - right
+        main = sheet.axes(0.0, width - panel - 0.07)
+        test = sheet.axes(width - panel, width, sharey=main)
+        _draw_curves(main, curves, unit)
+        main.set(xlabel="round (validation split)", ylabel=unit.axis)
+        main.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _draw_test_panel(test, results)
+        _scale(main, unit)
+        _draw_references(main, test, results, gap=0.34 / sheet.height)
+        png = sheet.png()
+    several = max(curve.seeds for curve in curves.values()) > 1
+    return Plot(
+        "metric-by-round",
+        title,
+        f"{_BAND if several else ''} The panel at the right has the test split: one dot a seed, "
+        "a bar at the mean; dashed lines are the reference rows.".strip(),
+        _alt(f"Line chart of validation {unit.name} by round", curves, unit),
+        png,
+    )
+
+
+def metric_against_bytes(results: Results) -> Plot | None:
+    """Draw the validation metric against the megabytes sent so far, up and down together."""
+    unit = results.unit
+    curves = {label: metric_by_bytes(results.of(label), unit.metric) for label in results.labels}
+    most = max((curve.x[-1] for curve in curves.values() if len(curve.x)), default=0.0)
+    if most == 0:
+        return None
+    size, name = (1e9, "GB") if most >= 1e10 else (MEGABYTE, "MB")
+    scaled = {
+        label: Curve(c.x / size, c.mean, c.low, c.high, c.seeds) for label, c in curves.items()
+    }
+    words = "gigabytes" if name == "GB" else "megabytes"
+    title = f"{unit.name.capitalize()} by {words} sent"
+    with plain_style():
+        sheet = Sheet(title, _keys(results), height=2.75)
+        axes = sheet.axes()
+        _draw_curves(axes, scaled, unit)
+        _scale(axes, unit)
+        axes.set(xlabel=f"{name} sent, up and down, all clients", ylabel=unit.axis)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        png = sheet.png()
+    better = "Higher" if results.direction == "max" else "Lower"
+    return Plot(
+        "metric-by-megabytes",
+        title,
+        f"{better} and further left is better: the same {unit.name} for less traffic.",
+        _alt(f"Line chart of validation {unit.name} by {words} sent", scaled, unit, name),
+        png,
+    )
+
+
+def aggregation_bias(results: Results) -> Plot | None:
+    """Draw the relative aggregation bias by round, before and after the rule's own correction."""
+    before = {label: bias_by_round(results.of(label), "before") for label in results.labels}
+    after = {label: bias_by_round(results.of(label), "after") for label in results.labels}
+    known = [label for label in results.labels if np.isfinite(after[label].mean).any()]
+    exact = [label for label in known if is_exact(results.of(label))]
+    drawn = [label for label in known if label not in exact]
+    if not drawn:
+        return None
+    keys: list[tuple[Artist, str]] = [
+        (key, clip(f"{label} (exact: none)" if label in exact else label, 40))
+        for label, (key, _) in zip(results.labels, _keys(results), strict=True)
+        if label in known
+    ]
+    keys += [
+        (
+            Line2D([], [], color=QUIET, linestyle=":", linewidth=1.6),
+            "before: plain mean of factors",
+        ),
+        (Line2D([], [], color=QUIET, linewidth=1.6), "after (the rule's)"),
+    ]
+    title = "Aggregation bias by round"
+    with plain_style():
+        sheet = Sheet(title, keys, height=2.75)
+        axes = sheet.axes()
+        for label in drawn:
+            index = results.labels.index(label)
+            style = look(index) | {"linestyle": "-"}
+            every = max(1, len(after[label].x) // 8)
+            axes.plot(
+                before[label].x, _positive(before[label].mean), ":", color=colour(index), lw=1.6
+            )
+            axes.plot(
+                after[label].x,
+                _positive(after[label].mean),
+                markevery=every,
+                markersize=4,
+                lw=1.6,
+                **style,  # type: ignore[arg-type]
+            )
+        axes.set(yscale="log", xlabel="round", ylabel="‖ΔW − BA‖ / ‖ΔW‖", xlim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        plain_log(axes.yaxis, axes.dataLim.y0, axes.dataLim.y1)
+        png = sheet.png()
+    return Plot(
+        "aggregation-bias",
+        title,
+        "How far the averaged factors' product BA is from the mean ΔW of the clients' products, "
+        "relative, on a logarithmic axis; where solid and dotted coincide the rule corrects "
+        f"nothing.{_repairable(results, drawn)}",
+        f"Line chart of relative aggregation bias by round on a logarithmic axis. "
+        + " ".join(_bias_in_words(label, after[label]) for label in drawn)
+        + (f" Exact: {', '.join(exact)}." if exact else ""),
+        png,
+    )
+
+
+def _keys(results: Results) -> list[tuple[Artist, str]]:
+    return [(key_of(i), clip(label, 40)) for i, label in enumerate(results.labels)]
+
+
+def _draw_curves(axes: Axes, curves: dict[str, Curve], unit: Unit) -> None:
+    for index, curve in enumerate(curves.values()):
+        style = look(index)
+        axes.plot(
+            curve.x,
+            curve.mean * unit.scale,
+            markevery=max(1, len(curve.x) // 8),
+            markersize=4,
+            zorder=3,
+            **style,  # type: ignore[arg-type]
+        )
+        if curve.seeds > 1:
+            axes.fill_between(
+                curve.x,
+                curve.low * unit.scale,
+                curve.high * unit.scale,
+                color=style["color"],
+                alpha=0.14,
+                linewidth=0,
+            )
+
+
+def _scale(axes: Axes, unit: Unit) -> None:
+    """Keep shares within 0 to 100, and give losses that span much a logarithmic axis."""
+    low, high = axes.get_ylim()
+    if unit.share:
+        axes.set_ylim(max(low, 0.0), min(high, 100.0))
+        return
+    bounds = [axes.dataLim.y0, axes.dataLim.y1]
+    if 0 < bounds[0] and bounds[1] / bounds[0] > _LOG_FROM:
+        axes.set_yscale("log")
+        plain_log(axes.yaxis, axes.dataLim.y0, axes.dataLim.y1)
+
+
+def _draw_test_panel(axes: Axes, results: Results) -> None:
+    """Draw each strategy's test results side by side: a dot a seed and a bar at the mean."""
+    by_label = finals(results.comparison["runs"])
+    scale = results.unit.scale
+    for index, by_seed in enumerate(by_label.values()):
+        values = np.array(list(by_seed.values())) * scale
+        axes.plot(
+            np.full(len(values), index),
+            values,
+            ls="",
+            marker=look(index)["marker"],
+            ms=4,
+            mfc="white" if len(values) > 1 else colour(index),
+            mec=colour(index),
+            mew=1.1,
+            zorder=3,
+        )
+        if len(values) > 1:
+            axes.plot(
+                [index - 0.36, index + 0.36],
+                [values.mean()] * 2,
+                color=colour(index),
+                lw=2.6,
+                zorder=4,
+            )
+    axes.set(xlim=(-0.8, len(by_label) - 0.2), xlabel="test")
+    axes.set_xticks([])
+    axes.tick_params(left=False, labelleft=False)
+    axes.spines["left"].set_visible(False)
+
+
+def _draw_references(main: Axes, test: Axes, results: Results, gap: float) -> None:
+    """Draw the reference rows through both panels, named in the right margin.
+
+    Args:
+        gap: the height that a name takes, as a share of the axes.
+    """
+    unit = results.unit
+    rows = {
+        name: mean_and_sd(list(by_seed.values()))[0]
+        for name, by_seed in reference_finals(results.comparison).items()
+    }
+    known = {name: mean * unit.scale for name, mean in rows.items() if mean is not None}
+    if not known:
+        return
+    for value in known.values():
+        for axes in (main, test):
+            axes.axhline(value, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1.5, alpha=0.75)
+    to_axes = main.transData + main.transAxes.inverted()
+    heights = [float(to_axes.transform((0.0, value))[1]) for value in known.values()]
+    for (name, value), height, text in zip(
+        known.items(), heights, spread(heights, gap), strict=True
+    ):
+        test.annotate(
+            f"{name}\n{unit.value(value / unit.scale)}",
+            xy=(1.0, height),
+            xytext=(1.16, text),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=8.8,
+            va="center",
+            linespacing=1.05,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.7, "shrinkA": 0, "shrinkB": 0},
+            annotation_clip=False,
+        )
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """Return values for a logarithmic axis: zero and what is unknown are gaps."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _repairable(results: Results, labels: list[str]) -> str:
+    shares = [bias_by_round(results.of(label), "repairable").mean for label in labels]
+    known = np.concatenate(shares)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return ""
+    return (
+        f" On the mean {100 * known.mean():.0f}% of it lies where a correction of B can reach "
+        "(the row space of the mean A)."
+    )
+
+
+def _bias_in_words(label: str, curve: Curve) -> str:
+    known = np.flatnonzero(np.isfinite(curve.mean))
+    first, last = known[0], known[-1]
+    return (
+        f"{label}: {curve.mean[first]:.2g} in round {curve.x[first]:.0f}, "
+        f"{curve.mean[last]:.2g} in round {curve.x[last]:.0f}."
+    )
+
+
+def _alt(what: str, curves: dict[str, Curve], unit: Unit, x: str = "round") -> str:
+    ends = [
+        f"{label} from {unit.value(float(curve.mean[0]))} to {unit.value(float(curve.mean[-1]))} "
+        f"at {x} {curve.x[-1]:.4g}"
+        for label, curve in curves.items()
+        if len(curve.x) and math.isfinite(curve.mean[-1])
+    ]
+    return f"{what}: {'; '.join(ends)}."

@@ -1,0 +1,141 @@
+"""Write adapters as PEFT loads them, with a card, and merged models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedgraft.adapter import Adapter
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError, ModelError
+from fedgraft.files import read_tensors, write_bytes, write_text, write_tensors
+from fedgraft.resident_model import ResidentModel, load_task
+from fedgraft.run_directory import RunDirectory
+
+WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+def write_adapter(folder: Path, adapter: Adapter, model: ResidentModel, card: str) -> None:
+    """Write an adapter folder that `PeftModel.from_pretrained` loads on a clean base.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    write_tensors(folder / WEIGHTS, adapter.tensors())
+    write_text(folder / SETTINGS, json.dumps(_settings(model), indent=2, sort_keys=True) + "\n")
+    write_text(folder / CARD, card)
+
+
+def _settings(model: ResidentModel) -> dict[str, Any]:
+    """Return PEFT's own config of the adapter; its sets are sorted so that equal runs write
+    equal files."""
+    settings = model.peft_config() | {"inference_mode": True}
+    return {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+
+
+def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[str, Any]) -> str:
+    """Return the adapter's README: what it is, where it comes from, what it reached."""
+    base = config.model.base or f"built into the task {config.task.name}"
+    metric = summary["metric"]
+    front = {"library_name": "peft", "base_model": base, "tags": ["lora", "federated-learning"]}
+    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    return f"""---
+{header}
+---
+
+# LoRA adapter from a FedGraft federation
+
+| | |
+|---|---|
+| base | {base}{f", revision {config.model.revision}" if config.model.revision else ""} |
+| base hash | `{base_hash}` |
+| task | {summary["task"]} |
+| strategy | {summary["strategy"]} |
+| clients | {summary["clients"]} |
+| rounds | {summary["rounds"]} (this adapter: round {summary["best_round"]}, the best on validation) |
+| rank, alpha | {config.adapter.rank}, {config.adapter.alpha:g} ({config.adapter.type}) |
+| seed | {summary["seed"]} |
+| test {metric}, untouched base | {summary["initial"]:.4f} |
+| test {metric}, this adapter | {summary["final"]:.4f} |
+| differential privacy | none |
+| lineage | `{lineage}` |
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
+
+
+def read_adapter(folder: Path, model: ResidentModel) -> Adapter:
+    """Read an adapter folder to start from.
+
+    Raises:
+        ConfigError: it is no adapter folder, or its tensors do not fit the model.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(
+            f"adapter.from is {str(folder)!r}, which has no {WEIGHTS}",
+            "Name a folder that PEFT or FedGraft wrote.",
+        )
+    settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
+    own = (settings.get("lora_alpha", 0), settings.get("r", 1), bool(settings.get("use_rslora")))
+    ours = model.peft_config()
+    if settings and own != (ours["lora_alpha"], ours["r"], bool(ours["use_rslora"])):
+        raise ConfigError(
+            f"adapter.from was trained with alpha {own[0]}, rank {own[1]}, rsLoRA {own[2]}; this "
+            f"run has {ours['lora_alpha']}, {ours['r']}, {bool(ours['use_rslora'])}",
+            "Set adapter.alpha, adapter.rank and adapter.type to the adapter's own.",
+        )
+    tensors, _ = read_tensors(path)
+    wanted = {name: tuple(p.shape) for name, p in model.parameters.items()}
+    for name in sorted(wanted.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != wanted.get(name):
+            raise ConfigError(
+                f"adapter.from holds {name!r} of shape {found}; this run's is {wanted.get(name)}",
+                "Set adapter.rank and adapter.targets to the adapter's own "
+                f"(see {folder / SETTINGS}).",
+            )
+    return Adapter.from_tensors({n: t.float() for n, t in tensors.items()}, model.scaling)
+
+
+def export_adapter(directory: RunDirectory, to: Path) -> None:
+    """Copy a run's adapter folder.
+
+    Raises:
+        ConfigError: the run has no adapter yet, or the target is not empty.
+    """
+    _check_target(directory, to)
+    for path in sorted(directory.adapter.iterdir()):
+        write_bytes(to / path.name, path.read_bytes())
+
+
+def export_merged(directory: RunDirectory, to: Path) -> None:
+    """Write the base with the adapter merged into it, as an ordinary model folder.
+
+    Raises:
+        ConfigError: the run has no adapter yet, or the target is not empty.
+        ModelError: the base cannot be loaded, or has no `save_pretrained`.
+    """
+    from peft import PeftModel
+
+    _check_target(directory, to)
+    base = load_task(directory.config()).load_base()
+    merged: Any = PeftModel.from_pretrained(base, str(directory.adapter)).merge_and_unload()  # type: ignore[arg-type]
+    if not hasattr(merged, "save_pretrained"):
+        raise ModelError(f"a {type(merged).__name__} cannot be saved as a model folder")
+    merged.save_pretrained(to)
+
+
+def _check_target(directory: RunDirectory, to: Path) -> None:
+    if not (directory.adapter / WEIGHTS).is_file():
+        raise ConfigError(
+            f"{directory.path} has no adapter yet",
+            f"Let it finish: fedgraft simulate --resume {directory.path}.",
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"{to} exists and is not an empty folder", "Choose another --to.")

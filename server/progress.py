@@ -1,0 +1,65 @@
+"""What a run says while it runs: one JSON line an event in progress.jsonl.
+
+The run writes, the screen follows the file, and neither knows the other, so the screen is the same
+whether the run is in this process, in a worker of a comparison or in one of Flower's processes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedgraft.errors import FedGraftError, RunError
+
+START, SAMPLED, REPLY, ROUND, FINISHED, FAILED = (
+    "start",
+    "sampled",
+    "reply",
+    "round",
+    "finished",
+    "failed",
+)
+
+
+class ProgressWriter:
+    """Append events to a run's progress file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event; a full disk must not end a run for the screen's sake."""
+        try:
+            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ProgressReader:
+    """Follow a progress file that another process may still be writing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events since the last call; a line not yet whole waits for the next."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole, newline, _ = text.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def failure(event: dict[str, Any]) -> FedGraftError:
+    """Return the error that a `failed` event of another process tells of."""
+    error = RunError(str(event.get("message", "the run failed")), str(event.get("remedy", "")))
+    return error

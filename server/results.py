@@ -1,0 +1,201 @@
+"""What runs and comparisons left behind, read for plots and reports.
+
+A directory is a run (it has summary.json) or a comparison (it has comparison.json, whose runs are
+listed with their "directory", relative to it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedgraft.config import read_toml
+from fedgraft.errors import ConfigError
+from fedgraft.run_directory import RunDirectory
+from server.statistics import Comparison, build_comparison, label_of
+from server.units import Unit
+
+COMPARISON_FILE = "comparison.json"
+_NEEDED = ("strategy", "seed", "task", "metric", "direction", "final", "best_round")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        name: its folder, as the report shows it.
+        source: the folder that was asked for: its own, or its comparison's.
+        summary: what summary.json holds, its label unique among the runs that are read together.
+        rounds: what rounds.jsonl holds, by round.
+        config: the resolved config, without the run's id.
+        versions: what computed it, by package.
+    """
+
+    name: str
+    source: str
+    summary: dict[str, Any]
+    rounds: dict[int, dict[str, Any]]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        return label_of(self.summary)
+
+    @property
+    def seed(self) -> int:
+        return int(self.summary["seed"])
+
+
+@dataclass(frozen=True)
+class Results:
+    """Runs of one task, with the comparison that their summaries make.
+
+    Attributes:
+        notes: what a reader of the comparison must know.
+        command: what was typed, where the comparison says so.
+    """
+
+    runs: tuple[Run, ...]
+    comparison: Comparison
+    notes: tuple[str, ...] = ()
+    command: str | None = None
+
+    @property
+    def unit(self) -> Unit:
+        return Unit(str(self.runs[0].summary["metric"]))
+
+    @property
+    def metric(self) -> str:
+        return self.unit.metric
+
+    @property
+    def direction(self) -> str:
+        return str(self.runs[0].summary["direction"])
+
+    @property
+    def labels(self) -> list[str]:
+        return [str(strategy["strategy"]) for strategy in self.comparison["strategies"]]
+
+    def of(self, label: str) -> list[Run]:
+        """Return a strategy's runs in the order of their seeds."""
+        return sorted((run for run in self.runs if run.label == label), key=lambda run: run.seed)
+
+
+def read_results(directories: Sequence[Path]) -> Results:
+    """Read run and comparison directories; one that is named twice counts once.
+
+    Raises:
+        ConfigError: a directory, or a file in it, is missing or broken, or the runs are of
+            different tasks; the message names the file.
+    """
+    runs: dict[Path, Run] = {}
+    references: list[dict[str, Any]] = []
+    commands: list[str] = []
+    for directory in directories:
+        if not directory.is_dir():
+            raise ConfigError(f"there is no folder {directory}", "Check the path.")
+        source = directory.resolve().name
+        if not (directory / COMPARISON_FILE).is_file():
+            runs.setdefault(directory.resolve(), _read_run(directory, source, source))
+            continue
+        listing = _read_object(directory / COMPARISON_FILE, ("runs", "references"))
+        for name in _folders(listing, directory / COMPARISON_FILE):
+            folder = directory / name
+            shown = name if len(directories) == 1 else f"{source}/{name}"
+            runs.setdefault(folder.resolve(), _read_run(folder, shown, source))
+        references += listing["references"]
+        commands += [str(listing["command"])] if listing.get("command") else []
+    chosen = _with_unique_labels(list(runs.values()))
+    agreed, notes = _agreed(references)
+    comparison = build_comparison([r.summary | {"directory": r.name} for r in chosen], agreed)
+    command = commands[0] if len(commands) == len(directories) == 1 else None
+    return Results(tuple(chosen), comparison, notes, command)
+
+
+def _folders(listing: dict[str, Any], file: Path) -> list[str]:
+    """Return the run folders that a comparison lists, relative to it."""
+    folders = [run.get("directory") for run in listing["runs"] if isinstance(run, dict)]
+    if not folders or not all(isinstance(folder, str) for folder in folders):
+        raise ConfigError(f'{file} lists a run without its "directory"', "Compare again.")
+    return [str(folder) for folder in folders]
+
+
+def _read_run(folder: Path, name: str, source: str) -> Run:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"there is no folder {folder}", "Keep a comparison's run folders beside it."
+        )
+    directory = RunDirectory(folder)
+    if not directory.summary_file.is_file():
+        if directory.rounds_file.is_file():
+            raise ConfigError(
+                f"{folder} holds a run that has not finished: summary.json is missing",
+                f"Finish it with fedgraft simulate --resume {folder}.",
+            )
+        raise ConfigError(
+            f"{folder} holds no run: it has neither summary.json nor {COMPARISON_FILE}",
+            "Name a folder that fedgraft simulate or compare wrote.",
+        )
+    for file in (directory.rounds_file, directory.config_file):
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing", "Restore it, or run again.")
+    config = read_toml(directory.config_file)
+    versions = config.pop("versions", {})
+    config.pop("run", None)
+    return Run(
+        name=name,
+        source=source,
+        summary=_read_object(directory.summary_file, _NEEDED),
+        rounds={int(record["round"]): record for record in directory.rounds()},
+        config=config,
+        versions={str(package): str(version) for package, version in versions.items()},
+    )
+
+
+def _read_object(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}", "Restore it, or run again.") from None
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ConfigError(
+            f"{file} lacks {', '.join(missing)}", "Was it written by another program or version?"
+        )
+    found: dict[str, Any] = content
+    return found
+
+
+def _with_unique_labels(runs: list[Run]) -> list[Run]:
+    """Add to a label where its runs come from, where two of them share label and seed."""
+    taken = Counter((run.label, run.seed) for run in runs)
+    twins = {label for (label, _), count in taken.items() if count > 1}
+    return [
+        replace(run, summary=run.summary | {"label": f"{run.label} ({run.source})"})
+        if run.label in twins
+        else run
+        for run in runs
+    ]
+
+
+def _agreed(references: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Return the reference rows without twins, and without the names that two of them dispute."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    disputed: set[str] = set()
+    for row in references:
+        name = str(row["name"])
+        if rows.setdefault((name, int(row["seed"])), row)["final"] != row["final"]:
+            disputed.add(name)
+    kept = [row for (name, _), row in rows.items() if name not in disputed]
+    if not disputed:
+        return kept, ()
+    return kept, (
+        f"The comparisons disagree on the reference rows {', '.join(sorted(disputed))}, so their "
+        "federations differ; these rows are left out.",
+    )

@@ -1,0 +1,247 @@
+"""The round loop's other half: evaluate, watch validation, checkpoint, track, and test at the end.
+
+The strategy trains round by round; `FederatedRun` sees every round through the strategy's hooks.
+Rounds are watched, stopped early and chosen on the validation split; the test split is touched
+twice, for the untouched start and for the chosen adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+
+from fedgraft.adapter import Adapter, to_arrays
+from fedgraft.config import Config
+from fedgraft.errors import RunError
+from fedgraft.resident_model import resident_model, resident_task
+from fedgraft.run_directory import RunDirectory
+from fedgraft.schedule import learning_rate
+from server.checkpoint import Checkpoint, Checkpoints
+from server.export import adapter_card, read_adapter, write_adapter
+from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
+from server.summary import Bookkeeping, summarise
+from server.tracking import TensorBoard, round_record
+from strategies.rounds import RoundHooks, RoundOutcome
+from strategies.strategy import AdapterStrategy
+
+log = logging.getLogger(__name__)
+
+
+def run_federation(grid: Grid, config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """Run a federation in a run directory, from its last checkpoint if it has one.
+
+    Args:
+        grid: carries the messages.
+        config: the run's config.
+        directory: an existing run directory; a run killed at any moment is continued by calling
+            this again, and ends with the same adapter, bit for bit.
+
+    Returns:
+        The run's summary.
+
+    Raises:
+        FedGraftError: what went wrong and what to do.
+    """
+    run = FederatedRun(config, directory)
+    try:
+        return run.run(grid)
+    finally:
+        run.close()
+
+
+class FederatedRun(RoundHooks):
+    """One run, as the server sees it."""
+
+    def __init__(self, config: Config, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.task = resident_task(config)
+        self.model = resident_model(self.task, config)
+        # The thread count decides the last bits of every sum, so the record holds it.
+        self.config = config.with_overrides({"threads": self.model.threads})
+        self.lineage = directory.lineage()
+        directory.write_config(self.config, self.lineage)
+        self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
+        self.progress = ProgressWriter(directory.progress)
+        self.board = (
+            TensorBoard(directory.path / "tensorboard") if config.track.tensorboard else None
+        )
+        self.validation = self.task.validation()
+        self.best: Adapter | None = None
+        self.books: Bookkeeping | None = None
+        self._resumed_wall = 0.0
+        self._began = time.perf_counter()
+
+    def close(self) -> None:
+        """Close what the run holds open."""
+        self.progress.close()
+        if self.board is not None:
+            self.board.close()
+
+    def run(self, grid: Grid) -> dict[str, Any]:
+        """Train to the last round, test, and write what the run leaves behind."""
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
+            self.directory.keep_rounds(last=-1)
+            start = self._initial_adapter()
+        else:
+            self._continue(checkpoint)
+            start = checkpoint.state.adapter
+        if checkpoint is None or not self._finished(checkpoint.state.round):
+            self._strategy().start(
+                grid,
+                to_arrays(start.tensors()),
+                num_rounds=self.config.federation.rounds,
+                timeout=self.config.federation.deadline,
+                resume=checkpoint.state if checkpoint is not None else None,
+            )
+        return self._finish()
+
+    def _strategy(self) -> AdapterStrategy:
+        config = self.config
+        return AdapterStrategy(
+            config.strategy.name,
+            options=config.strategy.options,
+            scaling=config.adapter.scaling,
+            fraction=config.federation.fraction,
+            clients=config.federation.clients,
+            min_clients=config.federation.min_clients,
+            seed=config.seed,
+            evaluate_every=config.evaluate.every if config.evaluate.clients else 0,
+            derive_A=config.adapter.from_ is None,  # a given A is in no seed
+            lineage=self.lineage,
+            base_hash=self.model.base_hash,
+            hooks=self,
+        )
+
+    def _initial_adapter(self) -> Adapter:
+        if self.config.adapter.from_ is not None:
+            return read_adapter(Path(self.config.adapter.from_), self.model)
+        return self.model.initial_adapter(self.config.seed)
+
+    def _continue(self, checkpoint: Checkpoint) -> None:
+        log.info("Continuing after round %d", checkpoint.state.round)
+        self.directory.keep_rounds(last=checkpoint.state.round)
+        self.best = checkpoint.best
+        self.books = Bookkeeping(**checkpoint.notes)
+        self._resumed_wall = self.books.wall_seconds
+
+    def _finished(self, round: int) -> bool:
+        return round >= self.config.federation.rounds or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.evaluate.patience
+        return patience is not None and self.books is not None and self.books.stale >= patience
+
+    # What the strategy tells
+
+    def durable_round(self) -> int:
+        """Return the oldest round that a checkpoint could resume."""
+        return self.checkpoints.oldest_round()
+
+    def on_start(self, outcome: RoundOutcome, descriptions: Mapping[str, str]) -> None:
+        """Evaluate the untouched start; a resumed run has done so before."""
+        self.progress.write(
+            START,
+            round=outcome.state.round,
+            rounds=self.config.federation.rounds,
+            metric=self.task.metric,
+            strategy=self.config.strategy.name,
+            seed=self.config.seed,
+        )
+        if self.books is not None:
+            return
+        initial = self._evaluate(outcome.state.adapter, test=True)[self.task.metric]
+        self.books = Bookkeeping(initial=initial, descriptions=dict(descriptions))
+        self._record(outcome)
+        self._save(outcome)
+
+    def on_sampled(self, round: int, clients: list[str]) -> None:
+        """Tell the screen whom the round asks."""
+        self.progress.write(SAMPLED, round=round, clients=clients)
+
+    def on_reply(self, round: int, client: str, trouble: str) -> None:
+        """Tell the screen that a client has answered."""
+        self.progress.write(REPLY, round=round, client=client, trouble=trouble)
+
+    def on_round(self, outcome: RoundOutcome) -> bool:
+        """Evaluate, record, checkpoint; return True when patience has run out."""
+        self._record(outcome)
+        assert self.books is not None
+        stop = self._out_of_patience()
+        self.books = replace(self.books, stopped_early=stop)
+        last = stop or outcome.state.round == self.config.federation.rounds
+        if last or outcome.state.round % self.config.checkpoint.every == 0:
+            self._save(outcome)
+        return stop
+
+    def _record(self, outcome: RoundOutcome) -> None:
+        assert self.books is not None
+        round, rounds = outcome.state.round, self.config.federation.rounds
+        validation = None
+        if round % self.config.evaluate.every == 0 or round == rounds:
+            began = time.perf_counter()
+            validation = self._evaluate(outcome.state.adapter)
+            spent = outcome.seconds | {"evaluate": time.perf_counter() - began}
+            outcome = replace(outcome, seconds=spent)
+            before = self.books.best_round if self.books.best is not None else None
+            self.books = self.books.after_evaluation(self.task, round, validation[self.task.metric])
+            if self.books.best_round != before:
+                self.best = outcome.state.adapter
+        rate = learning_rate(self.config.train, round - 1, rounds) if round else None
+        record = round_record(outcome, validation, rate)
+        self.directory.append_round(record)
+        if self.board is not None:
+            self.board.add(record)
+        self.progress.write(
+            ROUND,
+            round=round,
+            value=validation[self.task.metric] if validation else None,
+            loss=record["train_loss"],
+        )
+
+    def _save(self, outcome: RoundOutcome) -> None:
+        assert self.books is not None
+        wall = self._resumed_wall + time.perf_counter() - self._began
+        self.books = replace(self.books, wall_seconds=wall)
+        self.checkpoints.save(Checkpoint(outcome.state, self.best, self.books.to_json()))
+
+    def _evaluate(self, adapter: Adapter, *, test: bool = False) -> dict[str, float]:
+        examples = self.task.test() if test else self.validation
+        size = self.config.evaluate.batch_size
+        return self.model.evaluate(self.task, adapter, examples, size)
+
+    # The end
+
+    def _finish(self) -> dict[str, Any]:
+        if self.best is None or self.books is None:
+            raise RunError(
+                "the run has no adapter to keep: no round was evaluated",
+                "Set evaluate.every to at most federation.rounds.",
+            )
+        final = self._evaluate(self.best, test=True)[self.task.metric]
+        wall = self._resumed_wall + time.perf_counter() - self._began
+        self.books = replace(self.books, wall_seconds=wall)
+        records = self.directory.rounds()
+        summary = summarise(self.config, self.task, self.books, records, final, peak_memory())
+        card = adapter_card(self.config, self.model.base_hash, self.lineage, summary)
+        write_adapter(self.directory.adapter, self.best, self.model, card)
+        self.directory.write_summary(summary)
+        self.progress.write(FINISHED, final=final, best_round=self.books.best_round)
+        return summary
+
+
+def peak_memory() -> int:
+    """Return this process's peak memory in bytes: the GPU's where one is used, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

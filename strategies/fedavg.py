@@ -1,0 +1,48 @@
+"""FedAvg on LoRA factors, as FedIT does it.
+
+"Towards Building the Federated GPT: Federated Instruction Tuning"
+Jianyi Zhang, Saeed Vahidian, Martin Kuo, Chunyuan Li, Ruiyi Zhang, Tong Yu, Yufan Zhou, Guoyin
+Wang, Yiran Chen. ICASSP 2024. https://arxiv.org/abs/2305.05644
+
+which averages each factor by itself with the weights of
+
+"Communication-Efficient Learning of Deep Networks from Decentralized Data"
+H. Brendan McMahan, Eider Moore, Daniel Ramage, Seth Hampson, Blaise Agüera y Arcas.
+AISTATS 2017. https://arxiv.org/abs/1602.05629 (algorithm 1)
+
+The server keeps Abar = sum p_k A_k and Bbar = sum p_k B_k. Their product is not the mean of the
+clients' products: Bbar Abar lacks the cross terms sum p_k (B_k - Bbar)(A_k - Abar), which the host
+logs as the aggregation bias.
+"""
+
+from __future__ import annotations
+
+from fedgraft.adapter import LoraLayer, Tensors
+from strategies.rule import Capabilities, LayerContext, Phase, SumOnlyRule
+
+
+def both_factors(update: LoraLayer, context: LayerContext) -> Tensors:
+    """What a client adds to the means: its A (r, d_in) and its B (d_out, r)."""
+    return {"A": update.A, "B": update.B}
+
+
+def keep_mean(mean: Tensors, context: LayerContext) -> Tensors:
+    """What the server makes of a mean that needs no more work: the mean."""
+    return mean
+
+
+MEANS = Phase("means", both_factors, keep_mean)
+"""Abar and Bbar: all of FedAvg, and the first phase of rules that go on from there."""
+
+
+class FedAvg(SumOnlyRule):
+    """Average A and B, each by itself, weighted by examples."""
+
+    name = "fedavg"
+    title = "FedAvg (FedIT)"
+    citation = "Zhang et al., ICASSP 2024, arXiv:2305.05644"
+    capabilities = Capabilities(sum_only=True)
+
+    def phases(self, round: int) -> tuple[Phase, ...]:
+        """Return the one phase: the means of both factors."""
+        return (MEANS,)

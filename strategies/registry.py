@@ -1,0 +1,55 @@
+"""Find rules by name: the entry points of the group `fedgraft.rules`.
+
+Another package adds a rule with one file and one line in its pyproject.toml:
+`[project.entry-points."fedgraft.rules"]`, `my-rule = "my_package.my_rule:MyRule"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedgraft.config import config_error
+from fedgraft.errors import ConfigError
+from fedgraft.registry import load_plugin
+from strategies.rule import Rule
+
+GROUP = "fedgraft.rules"
+
+
+def rule_names() -> list[str]:
+    """Return the names of all installed rules, sorted."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def rule_class(name: str) -> type[Rule]:
+    """Return a rule's class.
+
+    Raises:
+        ConfigError: no installed rule has that name; the nearest one is suggested.
+    """
+    loaded = load_plugin(GROUP, name, key="strategy.name")
+    if not (isinstance(loaded, type) and issubclass(loaded, Rule)):
+        raise ConfigError(
+            f"the entry point {name!r} of {GROUP} is {loaded!r}, not a Rule",
+            "Let it name a subclass of strategies.rule.Rule.",
+        )
+    return loaded
+
+
+def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
+    """Return a rule with its options checked.
+
+    Raises:
+        ConfigError: an unknown rule, an unknown option or a value out of range.
+    """
+    cls = rule_class(name)
+    try:
+        checked = cls.Options.model_validate(dict(options or {}))
+    except ValidationError as error:
+        known = [f"strategy.{f.alias or key}" for key, f in cls.Options.model_fields.items()]
+        raise config_error(error, ["strategy.name", *known], prefix="strategy.") from None
+    return cls.build(checked)

@@ -1,0 +1,113 @@
+"""Who is who: Flower's random node ids on one side, client names on the other.
+
+Sampling, the order of summation, random streams, personal state and reports use names and nothing
+else, so a run is the same whatever ids Flower draws.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedgraft.adapter import natural_order
+from fedgraft.errors import RunError, UpdateError
+from fedgraft.messages import CONFIG, HELLO, Hello
+
+POLL_SECONDS = 0.05
+HELLO_SECONDS = 120.0
+
+
+def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterator[Message]:
+    """Send messages and yield the replies as they arrive.
+
+    Args:
+        grid: carries the messages.
+        messages: one a node.
+        deadline: seconds without any reply after which the missing ones are given up.
+    """
+    waiting = set(grid.push_messages(messages))
+    heard = time.monotonic()
+    while waiting:
+        arrived = False
+        for reply in grid.pull_messages(waiting):
+            arrived = True
+            waiting.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        if arrived:
+            continue
+        if time.monotonic() - heard > deadline:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+class Roster:
+    """The clients of a federation by name, asked for once and again only for new nodes."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self.descriptions: dict[str, str] = {}
+
+    def names(self) -> list[str]:
+        """Return the known clients in natural order."""
+        return sorted(self._names.values(), key=natural_order)
+
+    def name_of(self, node_id: int) -> str:
+        """Return a node's client name; its id, for a node that was never asked."""
+        return self._names.get(node_id, str(node_id))
+
+    def node_of(self, name: str) -> int:
+        """Return the node that a client runs on now."""
+        return next(node for node, known in self._names.items() if known == name)
+
+    def refresh(self, grid: Grid) -> None:
+        """Ask new nodes for their names and forget nodes that are gone.
+
+        A node that does not know the question (anybody's own ClientApp) is called by its id.
+
+        Raises:
+            RunError: two nodes give the same name.
+        """
+        present = list(grid.get_node_ids())
+        self._names = {node: name for node, name in self._names.items() if node in set(present)}
+        new = [node for node in present if node not in self._names]
+        if not new:
+            return
+        ask = RecordDict({CONFIG: ConfigRecord()})
+        for reply in exchange(grid, (Message(ask, node, HELLO) for node in new), HELLO_SECONDS):
+            node = reply.metadata.src_node_id
+            name = str(node)
+            if not reply.has_error():
+                try:
+                    hello = Hello.decode(reply.content)
+                    name = hello.name
+                    self.descriptions[name] = hello.description
+                except UpdateError:
+                    pass  # no client of ours: its id serves as its name
+            if name in self._names.values():
+                raise RunError(
+                    f"two nodes call themselves {name!r}",
+                    "Give every client its own name (partition-id, in a simulation).",
+                )
+            self._names[node] = name
+
+    def wait(self, grid: Grid, wanted: int, deadline: float) -> None:
+        """Wait until so many clients are there.
+
+        Raises:
+            RunError: they are not within the deadline, in seconds.
+        """
+        end = time.monotonic() + deadline
+        self.refresh(grid)
+        while len(self._names) < wanted:
+            if time.monotonic() > end:
+                known = ", ".join(self.names()) or "none"
+                raise RunError(
+                    f"{len(self._names)} of {wanted} clients connected within {deadline:.0f} s "
+                    f"({known})",
+                    "Start the missing clients, or lower federation.clients.",
+                )
+            time.sleep(POLL_SECONDS)
+            self.refresh(grid)

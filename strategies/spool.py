@@ -1,0 +1,230 @@
+"""The updates of one round, on disk: one safetensors file a client, read layer by layer.
+
+The server's memory then depends on the size of a layer and not on the number of clients, and every
+sum can be folded in the order of client names whatever order the updates arrived in.
+
+Files are in the safetensors format (https://huggingface.co/docs/safetensors), so that any tool
+opens them. They are written and read here directly: the spool wrote them, so it knows where each
+tensor lies, and reads a layer with two seeks where a reader would parse the whole header and map
+the whole file, for every client and layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgraft.adapter import LoraLayer, Tensors, factor_name, natural_order
+from fedgraft.errors import RunError, UpdateError
+from strategies.rule import A_AND_B, Factors, WeightedLayer
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
+_BUFFER = 1 << 18
+"""Bytes gathered before they are written: a small adapter goes out at once."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    offset: int  # bytes from the start of the file
+
+
+@dataclass(frozen=True)
+class _Update:
+    path: Path
+    weight: float
+    stored: dict[str, _Stored]
+
+
+class UpdateSpool:
+    """The validated updates of one round.
+
+    Args:
+        folder: a scratch folder of the spool's own; spooled updates found in it are removed.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._updates: dict[str, _Update] = {}
+        self._shares: dict[str, float] | None = None  # sorted once a round, not once a layer
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self.clear()
+
+    def add(self, client: str, weight: float, tensors: Tensors) -> None:
+        """Write one client's update.
+
+        Args:
+            client: the client's name, which never becomes part of a path.
+            weight: w_k, finite and above 0.
+            tensors: factors and extras under the adapter's own names.
+
+        Raises:
+            UpdateError: the client has an update in this round already, or a tensor's dtype cannot
+                be written.
+            RunError: the folder cannot be written, the disk is full.
+        """
+        if client in self._updates:
+            raise UpdateError(f"client {client!r} sent a second update in one round")
+        path = self._folder / f"update-{len(self._updates):06d}.safetensors"
+        header, stored = _layout(client, tensors)
+        try:
+            with path.open("wb", buffering=_BUFFER) as file:
+                file.write(header)
+                for tensor in tensors.values():
+                    file.write(_bytes_of(tensor))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+        self._updates[client] = _Update(path, float(weight), stored)
+        self._shares = None
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients with an update, in the order of their names."""
+        return list(self.shares)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each client's share of the round, p_k = w_k / sum w, in the order of client names."""
+        if self._shares is None:
+            # the name itself breaks ties: "1" and "01" are equal in natural order
+            order = sorted(self._updates, key=lambda client: (natural_order(client), client))
+            total = math.fsum(update.weight for update in self._updates.values())
+            self._shares = {client: self._updates[client].weight / total for client in order}
+        return self._shares
+
+    def layer(
+        self, client: str, name: str, current: LoraLayer, factors: Factors = A_AND_B
+    ) -> LoraLayer:
+        """Read one layer of one client's update, and nothing else of it.
+
+        Args:
+            client: whose update.
+            name: the layer's name.
+            current: the layer that the round started from; its factors stand in for those that did
+                not travel, and its scaling is the layer's.
+            factors: which factors may come from the update.
+
+        Raises:
+            RunError: the file was changed or removed under the run.
+        """
+        update = self._updates[client]
+        names = {factor: factor_name(name, factor) for factor in factors}
+        wanted = {factor: key for factor, key in names.items() if key in update.stored}
+        read = self._read(update, list(wanted.values()))
+        return current.with_factors({factor: read[key] for factor, key in wanted.items()})
+
+    def updates(
+        self, name: str, current: LoraLayer, factors: Factors = A_AND_B
+    ) -> Iterator[WeightedLayer]:
+        """Read one layer of every update, client by client in the order of names, as float32."""
+        for client, share in self.shares.items():
+            update = self.layer(client, name, current, factors)
+            factors32 = LoraLayer(update.A.float(), update.B.float(), update.scaling)
+            yield WeightedLayer(factors32, share)
+
+    def extra(self, client: str, name: str) -> Tensor:
+        """Read one extra of one client's update.
+
+        Raises:
+            UpdateError: the update has no such tensor.
+            RunError: the file was changed or removed under the run.
+        """
+        update = self._updates[client]
+        if name not in update.stored:
+            raise UpdateError(f"the update of client {client!r} has no tensor {name!r}")
+        return self._read(update, [name])[name]
+
+    def clear(self) -> None:
+        """Remove all updates, for the next round."""
+        self._updates = {}
+        self._shares = None
+        for path in self._folder.glob("update-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _read(self, update: _Update, names: list[str]) -> Tensors:
+        try:
+            with update.path.open("rb", buffering=0) as file:
+                return {name: _read_tensor(file, update.stored[name]) for name in names}
+        except OSError as error:
+            raise RunError(
+                f"the spooled update {update.path} cannot be read: {error.strerror or error}",
+                "Leave the run's files alone while it runs, and resume it.",
+            ) from error
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"updates cannot be spooled in {self._folder}: {error.strerror or error}",
+            "Free space there, or choose another run directory.",
+        )
+
+
+def _layout(client: str, tensors: Tensors) -> tuple[bytes, dict[str, _Stored]]:
+    """Return the safetensors header for these tensors, and where each of them will lie."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise UpdateError(f"tensor {name!r} of client {client!r} has dtype {tensor.dtype}")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    stored = {
+        name: _Stored(tensor.dtype, tensor.shape, len(header) + entries[name]["data_offsets"][0])
+        for name, tensor in tensors.items()
+    }
+    return header, stored
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's memory, to be written as it stands (numpy has no bfloat16, so as bytes)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _read_tensor(file: FileIO, stored: _Stored) -> Tensor:
+    if stored.shape.numel() == 0:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    buffer = bytearray(stored.shape.numel() * stored.dtype.itemsize)
+    rest = memoryview(buffer)
+    file.seek(stored.offset)
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise OSError("a file ends before its last tensor")
+        rest = rest[count:]
+    return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)

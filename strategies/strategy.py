@@ -1,0 +1,479 @@
+"""A Flower strategy that hosts one aggregation rule.
+
+`AdapterStrategy` is a `flwr.serverapp.strategy.Strategy`: in anybody's ServerApp it is
+
+    from strategies.strategy import AdapterStrategy
+    strategy = AdapterStrategy("lora-fair")
+    result = strategy.start(grid, ArrayRecord(get_peft_model_state_dict(model)), num_rounds=10)
+
+It samples by client name from the run's seed, refuses bad updates and goes on with the rest, spools
+updates to disk and folds them in the order of names. Flower's own loop in `Strategy.start` has no
+first round, no hooks and holds every reply in memory; the one here has the first two and does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedgraft.adapter import (
+    Adapter,
+    Tensors,
+    digest,
+    from_arrays,
+    natural_order,
+    payload_bytes,
+    to_arrays,
+)
+from fedgraft.errors import RunError, UpdateError
+from fedgraft.messages import Reply, TrainRequest
+from fedgraft.seeds import stream
+from strategies.aggregation import aggregate
+from strategies.diagnostics import aggregation_bias
+from strategies.registry import build_rule
+from strategies.roster import Roster, exchange
+from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
+from strategies.rule import Plan, Rule
+from strategies.spool import UpdateSpool
+from strategies.validation import Expected, norm
+
+log = logging.getLogger(__name__)
+ABSURD = 100.0
+"""An update of more than so many times the global adapter's norm (at least 1) is refused."""
+
+
+@dataclass
+class _Collected:
+    """The replies of one round of training, as they were sorted while they arrived."""
+
+    reports: dict[str, ClientReport] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
+
+
+class AdapterStrategy(Strategy):
+    """Host one aggregation rule on Flower.
+
+    Args:
+        rule: a rule's name, or a rule.
+        options: the rule's options, when it is named.
+        scaling: alpha / r of the adapter's layers.
+        fraction: share of the clients that is sampled each round.
+        clients: how many clients to wait for before the first round.
+        min_clients: fewer usable updates than this end the run.
+        seed: of the run; client samples are drawn from it.
+        evaluate_every: ask the clients for their metrics every so many rounds; 0 for never.
+        deadline: seconds to wait for replies; None takes `timeout` of `start`.
+        derive_A: let A be derived from the seed on both sides where the rule allows it. FedGraft's
+            own ClientApp does that; leave it off with another one.
+        lineage: the run's id; clients key their personal state by it.
+        base_hash: the base that clients must hold; "" accepts any.
+        spool: folder for the round's updates; a temporary one by default.
+        hooks: what to do around rounds.
+
+    Raises:
+        ConfigError: an unknown rule or option.
+    """
+
+    def __init__(
+        self,
+        rule: str | Rule = "fedavg",
+        *,
+        options: Mapping[str, Any] | None = None,
+        scaling: float | Mapping[str, float] = 1.0,
+        fraction: float = 1.0,
+        clients: int = 1,
+        min_clients: int = 1,
+        seed: int = 0,
+        evaluate_every: int = 1,
+        deadline: float | None = None,
+        derive_A: bool = False,
+        lineage: str = "",
+        base_hash: str = "",
+        spool: Path | None = None,
+        hooks: RoundHooks | None = None,
+    ) -> None:
+        self.rule = build_rule(rule, options) if isinstance(rule, str) else rule
+        self.scaling = scaling
+        self.fraction = fraction
+        self.clients = clients
+        self.min_clients = min_clients
+        self.seed = seed
+        self.evaluate_every = evaluate_every
+        self.deadline = deadline
+        self.derive_A = derive_A
+        self.lineage = lineage
+        self.base_hash = base_hash
+        self.hooks = hooks or RoundHooks()
+        self.roster = Roster()
+        self._spool_folder = spool
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._spool: UpdateSpool | None = None
+        self._state: StrategyState | None = None
+        self._arrays: ArrayRecord | None = None
+        self._outcome: RoundOutcome | None = None
+
+    def summary(self) -> None:
+        """Log what this strategy does."""
+        log.info("Strategy: %s (%s), %s", self.rule.title, self.rule.name, self.rule.citation)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        resume: StrategyState | None = None,
+    ) -> Result:
+        """Run the federation; see `flwr.serverapp.strategy.Strategy.start`.
+
+        Args:
+            grid: carries the messages.
+            initial_arrays: the adapter to start from, by PEFT's names.
+            num_rounds: the last round's number, whatever round a resumed run starts from.
+            timeout: seconds to wait for clients and for replies, unless `deadline` is set.
+            train_config: passed on to the clients.
+            evaluate_config: passed on to the clients.
+            evaluate_fn: called with the round's number and the whole adapter, round 0 included.
+            resume: continue from this state instead of `initial_arrays`.
+
+        Raises:
+            RunError: too few clients connected, or too few usable updates in a round.
+        """
+        deadline = self.deadline if self.deadline is not None else timeout
+        self.summary()
+        state = resume or self._initial_state(initial_arrays)
+        self._adopt(state)
+        self.roster.wait(grid, self.clients, deadline)
+        result = Result(arrays=self._current_arrays())
+        self._evaluate_centrally(evaluate_fn, state.round, result)
+        before = RoundOutcome(
+            state, validation=self._validate(grid, state.round, evaluate_config, deadline, result)
+        )
+        self.hooks.on_start(before, self.roster.descriptions)
+        for round in range(state.round + 1, num_rounds + 1):
+            outcome = self._round(grid, round, num_rounds, train_config, evaluate_config, deadline, result)
+            self._evaluate_centrally(evaluate_fn, round, result)
+            if self.hooks.on_round(outcome):
+                break
+        self._close()
+        return result
+
+    def _round(
+        self,
+        grid: Grid,
+        round: int,
+        last: int,
+        train_config: ConfigRecord | None,
+        evaluate_config: ConfigRecord | None,
+        deadline: float,
+        result: Result,
+    ) -> RoundOutcome:
+        began = time.perf_counter()
+        config = train_config or ConfigRecord()
+        messages = self.configure_train(round, self._current_arrays(), config, grid)
+        arrays, metrics = self.aggregate_train(round, self._timed(grid, messages, deadline, began))
+        assert self._outcome is not None
+        assert arrays is not None
+        result.arrays = arrays
+        if metrics is not None:
+            result.train_metrics_clientapp[round] = metrics
+        began = time.perf_counter()
+        validation = {}
+        if self.evaluate_every and (round % self.evaluate_every == 0 or round == last):
+            validation = self._validate(grid, round, evaluate_config, deadline, result)
+        seconds = self._outcome.seconds | {"validate": time.perf_counter() - began}
+        return replace(self._outcome, validation=validation, seconds=seconds)
+
+    # What Flower calls
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients and encode what the rule's plan sends them."""
+        state = self._state_for(server_round, arrays)
+        self.roster.refresh(grid)
+        sampled = self.sample(server_round)
+        plan = self.rule.plan(server_round)
+        request = self._request(server_round, plan, state.adapter)
+        self._outcome = RoundOutcome(
+            state, sampled=sampled, bytes_down=payload_bytes(request.arrays) * len(sampled)
+        )
+        self.hooks.on_sampled(server_round, sampled)
+        content = request.encode(config)
+        for name in sampled:
+            yield Message(content, self.roster.node_of(name), MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check and spool each reply as it comes, then let the rule combine them.
+
+        Raises:
+            RunError: fewer usable updates than `min_clients`, with every client's reason.
+        """
+        assert self._state is not None
+        spool = self._open_spool()
+        collected = self._collect(server_round, replies, spool)
+        assert self._outcome is not None
+        trained = time.perf_counter()
+        self._require(server_round, collected)
+        current = self._state.adapter
+        made = aggregate(self.rule, spool, current, self._state.rule, server_round)
+        for note in made.notes:
+            log.info("Round %d: %s", server_round, note)
+        bias = aggregation_bias(self.rule, spool, current, made.adapter, server_round)
+        spool.clear()
+        self._adopt(StrategyState(server_round, made.adapter, made.state))
+        self._outcome = replace(
+            self._outcome,
+            state=self._state,
+            reports=collected.reports,
+            failed=collected.failed,
+            refused=collected.refused,
+            bytes_up=collected.bytes_up,
+            bias=bias,
+            notes=made.notes,
+            seconds=self._outcome.seconds | {"aggregate": time.perf_counter() - trained},
+        )
+        return self._current_arrays(), _mean_metrics(collected.reports)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the whole adapter to every client that is there."""
+        state = self._state_for(server_round, arrays)
+        self.roster.refresh(grid)
+        plan = replace(self.rule.plan(server_round), train=frozenset())
+        content = self._request(server_round, plan, state.adapter).encode(config)
+        for name in self.roster.names():
+            yield Message(content, self.roster.node_of(name), MessageType.EVALUATE)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the clients' metrics, weighted by their examples."""
+        return _mean_metrics(self._reports(server_round, replies))
+
+    # Steps of a round
+
+    def sample(self, round: int) -> list[str]:
+        """Return the clients of a round, a function of seed, round and the names that are there."""
+        names = self.roster.names()
+        count = sample_size(self.fraction, len(names))
+        picked = stream(self.seed, "sample", round=round).choice(len(names), count, replace=False)
+        return [names[index] for index in sorted(picked)]
+
+    def _request(self, round: int, plan: Plan, adapter: Adapter) -> TrainRequest:
+        derives = self.derive_A and plan.derive_A
+        send = plan.send if derives or not plan.derive_A else plan.send | {"A"}
+        names = adapter.tensors(send)
+        whole = self._current_arrays()
+        return TrainRequest(
+            round=round,
+            arrays=ArrayRecord({name: whole[name] for name in names}),
+            train="".join(sorted(plan.train)),
+            lineage=self.lineage,
+            a_hash=digest(adapter.tensors({"A"}, extras=False)) if derives else "",
+            base_hash=self.base_hash,
+            durable_round=self.hooks.durable_round(),
+        )
+
+    def _timed(
+        self, grid: Grid, messages: Iterable[Message], deadline: float, began: float
+    ) -> Iterator[Message]:
+        yield from exchange(grid, messages, deadline)
+        assert self._outcome is not None
+        seconds = {"train": time.perf_counter() - began}
+        self._outcome = replace(self._outcome, seconds=seconds)
+
+    def _collect(
+        self, round: int, replies: Iterable[Message], spool: UpdateSpool
+    ) -> _Collected:
+        assert self._state is not None
+        adapter = self._state.adapter
+        expected = Expected(
+            adapter.tensors(self.rule.plan(round).train),
+            max_norm=ABSURD * max(1.0, norm(adapter.tensors())),
+        )
+        collected = _Collected()
+        for message in replies:
+            client = self.roster.name_of(message.metadata.src_node_id)
+            trouble = self._take(client, message, expected, spool, collected)
+            if trouble:
+                log.warning("Round %d, client %s: %s", round, client, trouble)
+            self.hooks.on_reply(round, client, trouble)
+        assert self._outcome is not None
+        answered = collected.reports.keys() | collected.failed.keys() | collected.refused.keys()
+        for client in self._outcome.sampled:
+            if client not in answered:
+                collected.failed[client] = "no reply within the deadline"
+                self.hooks.on_reply(round, client, collected.failed[client])
+        return collected
+
+    def _take(
+        self,
+        client: str,
+        message: Message,
+        expected: Expected,
+        spool: UpdateSpool,
+        collected: _Collected,
+    ) -> str:
+        """Sort one reply; return what is wrong with it, or "" when its update was spooled."""
+        if message.has_error():
+            collected.failed[client] = _reason(message)
+            return collected.failed[client]
+        try:
+            reply = Reply.decode(message.content)
+            if reply.refusal:
+                collected.failed[client] = reply.refusal
+                return reply.refusal
+            if reply.arrays is None:
+                raise UpdateError("the reply has no arrays")
+            collected.bytes_up += payload_bytes(reply.arrays)
+            tensors = from_arrays(reply.arrays)
+            expected.check(tensors, reply.weight)
+            spool.add(client, reply.weight, tensors)
+        except UpdateError as error:
+            collected.refused[client] = error.message
+            return error.message
+        collected.reports[client] = ClientReport(reply.weight, reply.metrics)
+        return ""
+
+    def _require(self, round: int, collected: _Collected) -> None:
+        if len(collected.reports) >= self.min_clients:
+            return
+        reasons = "; ".join(
+            f"client {client}: {reason}"
+            for client, reason in sorted((collected.failed | collected.refused).items())
+        )
+        raise RunError(
+            f"round {round}: {len(collected.reports)} usable updates, fewer than the "
+            f"{self.min_clients} that federation.min-clients asks for ({reasons})",
+            "Mend those clients, or lower federation.min-clients; then continue with --resume.",
+        )
+
+    def _validate(
+        self,
+        grid: Grid,
+        round: int,
+        config: ConfigRecord | None,
+        deadline: float,
+        result: Result,
+    ) -> dict[str, ClientReport]:
+        if not self.evaluate_every:
+            return {}
+        arrays = self._current_arrays()
+        messages = self.configure_evaluate(round, arrays, config or ConfigRecord(), grid)
+        reports = self._reports(round, exchange(grid, messages, deadline))
+        metrics = _mean_metrics(reports)
+        if metrics is not None:
+            result.evaluate_metrics_clientapp[round] = metrics
+        return reports
+
+    def _reports(self, round: int, replies: Iterable[Message]) -> dict[str, ClientReport]:
+        reports: dict[str, ClientReport] = {}
+        for message in replies:
+            client = self.roster.name_of(message.metadata.src_node_id)
+            trouble = _reason(message) if message.has_error() else ""
+            if not trouble:
+                try:
+                    reply = Reply.decode(message.content)
+                    trouble = reply.refusal
+                    if not trouble:
+                        reports[client] = ClientReport(reply.weight, reply.metrics)
+                except UpdateError as error:
+                    trouble = error.message
+            if trouble:
+                log.warning("Round %d, evaluation on client %s: %s", round, client, trouble)
+        return {name: reports[name] for name in sorted(reports, key=natural_order)}
+
+    def _evaluate_centrally(
+        self,
+        evaluate: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+        round: int,
+        result: Result,
+    ) -> None:
+        if evaluate is None:
+            return
+        metrics = evaluate(round, self._current_arrays())
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[round] = metrics
+
+    # State
+
+    def _initial_state(self, arrays: ArrayRecord) -> StrategyState:
+        return StrategyState(0, Adapter.from_tensors(from_arrays(arrays), self.scaling))
+
+    def _adopt(self, state: StrategyState) -> None:
+        self._state = state
+        self._arrays = None
+
+    def _current_arrays(self) -> ArrayRecord:
+        """Return the whole adapter encoded, once a round."""
+        assert self._state is not None
+        if self._arrays is None:
+            self._arrays = to_arrays(self._state.adapter.tensors())
+        return self._arrays
+
+    def _state_for(self, round: int, arrays: ArrayRecord) -> StrategyState:
+        """Return the state that these arrays are of; foreign ones (Flower's own loop) replace it."""
+        if self._state is None or arrays is not self._arrays:
+            tensors: Tensors = from_arrays(arrays)
+            rule = self._state.rule if self._state is not None else {}
+            self._adopt(StrategyState(round - 1, Adapter.from_tensors(tensors, self.scaling), rule))
+            self._arrays = arrays
+        assert self._state is not None
+        return self._state
+
+    def _open_spool(self) -> UpdateSpool:
+        if self._spool is None:
+            folder = self._spool_folder
+            if folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="fedgraft-")
+                folder = Path(self._temporary.name)
+            self._spool = UpdateSpool(folder)
+        return self._spool
+
+    def _close(self) -> None:
+        self._spool = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+
+def sample_size(fraction: float, clients: int) -> int:
+    """Return how many of the clients a round samples: at least one, halves rounded up."""
+    return max(1, int(fraction * clients + 0.5))
+
+
+def _reason(message: Message) -> str:
+    lines = (message.error.reason or f"error {message.error.code}").strip().splitlines()
+    return lines[-1] if lines else f"error {message.error.code}"
+
+
+def _mean_metrics(reports: Mapping[str, ClientReport]) -> MetricRecord | None:
+    """Average the clients' metrics, weighted by examples; None when there are none."""
+    total = sum(report.examples for report in reports.values())
+    if not reports or total <= 0:
+        return None
+    names = set.intersection(*(set(report.metrics) for report in reports.values()))
+    means = {
+        name: sum(r.examples * r.metrics[name] for r in reports.values()) / total
+        for name in sorted(names)
+    }
+    return MetricRecord(means)
