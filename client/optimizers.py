@@ -26,9 +26,7 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(
-        values, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(values, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def optimizer_tensors(
@@ -50,7 +48,9 @@ def restore_optimizer(
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(parameters):
         prefix = f"{name}{_SEPARATOR}"
-        entries = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        entries = {
+            key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)
+        }
         if entries:
             state[index] = entries
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -89,7 +89,9 @@ def train(
     """
     missing = [name for name in model.parameters if name not in start]
     if missing:
-        raise RunError(f"the adapter to train from lacks {missing[0]!r} and {len(missing) - 1} more")
+        raise RunError(
+            f"the adapter to train from lacks {missing[0]!r} and {len(missing) - 1} more"
+        )
     if len(examples) == 0:
         raise RunError(f"client {work.client} has no training examples")
     model.use_threads()
@@ -201,12 +203,12 @@ def _add_proximal(parameter: nn.Parameter, anchor: Tensor, mu: float) -> None:
         parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
 
 
-def _assert_moved(
-    parameters: Mapping[str, nn.Parameter], start: Tensors, work: Assignment
-) -> None:
+def _assert_moved(parameters: Mapping[str, nn.Parameter], start: Tensors, work: Assignment) -> None:
     """Fail when the first step changed no factor: a model whose adapter is not connected."""
     for name, parameter in parameters.items():
-        if parse_factor(name) and not torch.equal(parameter.detach().cpu(), start[name].to(parameter.dtype)):
+        if parse_factor(name) and not torch.equal(
+            parameter.detach().cpu(), start[name].to(parameter.dtype)
+        ):
             return
     raise RunError(
         f"client {work.client}: no LoRA factor moved after the first step of round {work.round}",
@@ -215,9 +217,7 @@ def _assert_moved(
 
 
 @contextmanager
-def _only_trainable(
-    model: ResidentModel, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[None]:
+def _only_trainable(model: ResidentModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Give gradients to the given parameters only; afterwards all have them again."""
     try:
         for name, parameter in model.parameters.items():

@@ -129,7 +129,9 @@ class Adapter:
                     f"the factors of layer {name!r} do not multiply: "
                     f"B has shape {tuple(b.shape)}, A has shape {tuple(a.shape)}"
                 )
-            layers[name] = LoraLayer(a, b, scaling[name] if isinstance(scaling, Mapping) else scaling)
+            layers[name] = LoraLayer(
+                a, b, scaling[name] if isinstance(scaling, Mapping) else scaling
+            )
         return cls(layers, extras)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:

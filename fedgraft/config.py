@@ -213,7 +213,9 @@ class Config(Group):
         text = run_config.get(RUN_CONFIG_KEY)
         if text:
             return cls.from_dict(json.loads(str(text)))
-        scalars = {k: v for k, v in run_config.items() if k.split(".")[0] not in ("fedgraft", "out")}
+        scalars = {
+            k: v for k, v in run_config.items() if k.split(".")[0] not in ("fedgraft", "out")
+        }
         return cls.from_dict(scalars, source="[tool.flwr.app.config]")
 
 
@@ -277,7 +279,9 @@ def known_keys() -> list[str]:
     return keys
 
 
-def config_error(error: ValidationError, known: list[str], source: str = "", prefix: str = "") -> ConfigError:
+def config_error(
+    error: ValidationError, known: list[str], source: str = "", prefix: str = ""
+) -> ConfigError:
     """Turn pydantic's first complaint into one sentence that names key, value and remedy."""
     first = error.errors()[0]
     key = prefix + ".".join(str(part) for part in first["loc"] if not _is_branch(part))

@@ -19,7 +19,7 @@ class FedGraftError(Exception):
     exit_status = 1
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message, remedy)  # both, so that it survives pickling
         self.message = message
         self.remedy = remedy
 

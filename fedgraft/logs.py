@@ -61,6 +61,22 @@ def quiet(path: Path) -> Iterator[None]:
         handler.close()
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Inside the block libraries print nothing; for work before there is a log file."""
+    for name, value in quiet_environment().items():
+        os.environ.setdefault(name, value)
+    _hide_bars()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
 def _hide_bars() -> None:
     """Switch off the bars of libraries that are loaded already and so read no variables."""
     from transformers.utils import logging as transformers_logging

@@ -63,7 +63,9 @@ def hash_base(model: nn.Module, quantization: str = "none") -> str:
     total = hashlib.sha256(f"quantization={quantization}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return total.hexdigest()
 
 
@@ -259,10 +261,11 @@ def _attach(base: nn.Module, task: Task, config: Config) -> nn.Module:
     except ValueError as error:
         if "arget module" not in str(error):
             raise
-        linear = sorted({n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+        linear = sorted(
+            {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
+        )
         raise ModelError(
             f"adapter.targets is {targets!r}, and no module of the base matches it",
-            f"Linear modules here: {', '.join(linear)}; or use \"all-linear\".",
+            f'Linear modules here: {", ".join(linear)}; or use "all-linear".',
         ) from error
     return model
-

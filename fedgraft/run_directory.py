@@ -1,12 +1,12 @@
 """The run directory: everything one run leaves behind, and the only place its layout is known.
 
-    config.toml    the resolved config, the lineage, and the versions of what computed it
-    rounds.jsonl   one object a round, round 0 being the untouched start
-    summary.json   the run in one object, written when it has finished
-    adapter/       the chosen adapter as PEFT loads it
-    checkpoints/   what a resume continues from
-    personal/      what simulated clients keep between rounds
-    plots/, report.html, run.log, progress.jsonl (what the screen follows)
+config.toml    the resolved config, the lineage, and the versions of what computed it
+rounds.jsonl   one object a round, round 0 being the untouched start
+summary.json   the run in one object, written when it has finished
+adapter/       the chosen adapter as PEFT loads it
+checkpoints/   what a resume continues from
+personal/      what simulated clients keep between rounds
+plots/, report.html, run.log, progress.jsonl (what the screen follows)
 """
 
 from __future__ import annotations
@@ -67,18 +67,25 @@ class RunDirectory:
             ConfigError: the directory already holds a run, or something that is not a run.
             RunError: the disk is full or refuses the write.
         """
+        cls.check_free(path)
         directory = cls(path)
-        if directory.config_file.exists():
+        directory.write_config(config, lineage)
+        return directory
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Check that a new run may be written to a path.
+
+        Raises:
+            ConfigError: it already holds a run, or something that is not a run.
+        """
+        if (path / "config.toml").exists() or (path / "comparison.toml").exists():
             raise ConfigError(
                 f"{path} already holds a run",
                 f"Continue it with --resume {path}, or choose another --out.",
             )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"{path} exists and is not an empty folder", "Choose another --out."
-            )
-        directory.write_config(config, lineage)
-        return directory
+            raise ConfigError(f"{path} exists and is not an empty folder", "Choose another --out.")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:

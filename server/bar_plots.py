@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -10,11 +11,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from server.figure import INK, QUIET, Plot, Sheet, clip, colour, look, plain_style
+from server.figure import INK, QUIET, Plot, Sheet, bar, colour, look, plain_style
 from server.results import Results
 from server.series import ClientResult, clients_at_chosen_round
 from server.statistics import finals, paired_differences, paired_interval
-from server.units import Unit
+from server.units import Unit, clip
 
 MOST_BARS = 48
 """More bars than these are not drawn: the worst clients are, and the caption says so."""
@@ -111,7 +112,7 @@ def clients(results: Results) -> Plot | None:
     thick = 0.19
     step = thick * len(labels) + 0.15
     keys: list[tuple[Artist, str]] = [
-        (Patch(color=colour(results.labels.index(label))), clip(label, 40)) for label in labels
+        (Patch(**bar(results.labels.index(label))), clip(label, 40)) for label in labels
     ]
     keys.append((Line2D([], [], color=INK, ls="", marker="|", ms=9, mew=1.6), "untouched start"))
     with plain_style():
@@ -133,7 +134,7 @@ def clients(results: Results) -> Plot | None:
                         axes,
                         y,
                         by_client[client],
-                        colour(results.labels.index(label)),
+                        bar(results.labels.index(label)),
                         unit,
                         thick,
                         client == worst,
@@ -161,10 +162,16 @@ def clients(results: Results) -> Plot | None:
 
 
 def _draw_bar(
-    axes: Axes, y: float, result: ClientResult, hue: str, unit: Unit, thick: float, worst: bool
+    axes: Axes,
+    y: float,
+    result: ClientResult,
+    style: dict[str, Any],
+    unit: Unit,
+    thick: float,
+    worst: bool,
 ) -> None:
     mean, low, high = (x * unit.scale for x in (result.mean, result.low, result.high))
-    axes.barh(y, mean, height=thick * 0.86, color=hue, zorder=2)
+    axes.barh(y, mean, height=thick * 0.86, zorder=2, **style)
     if high > low:
         axes.plot([low, high], [y, y], color=INK, lw=1.0, zorder=3)
     if math.isfinite(result.start):

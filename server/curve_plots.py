@@ -20,7 +20,6 @@ from server.figure import (
     WIDTH,
     Plot,
     Sheet,
-    clip,
     colour,
     key_of,
     look,
@@ -31,11 +30,10 @@ from server.figure import (
 from server.results import Results
 from server.series import Curve, bias_by_round, is_exact, metric_by_bytes, metric_by_round
 from server.statistics import finals, mean_and_sd, reference_finals
-from server.units import MEGABYTE, Unit
+from server.units import MEGABYTE, MINUS, Unit, clip
 
 _LOG_FROM = 20.0
 """A loss whose largest value is so many times its smallest is drawn on a logarithmic axis."""
-_BAND = "Line: mean over seeds; band: lowest to highest seed."
 
 
 def metric_against_rounds(results: Results) -> Plot | None:
@@ -45,7 +43,7 @@ def metric_against_rounds(results: Results) -> Plot | None:
     if not any(len(curve.x) for curve in curves.values()):
         return None
     title = f"{unit.name.capitalize()} by round"
-    right, panel = 1.02, 0.58
+    right, panel = 1.02, min(max(0.58, 0.13 * len(curves)), 1.2)
     with plain_style():
         sheet = Sheet(title, _keys(results), height=2.75, right=right)
         width = WIDTH - sheet.left - right
@@ -55,15 +53,18 @@ def metric_against_rounds(results: Results) -> Plot | None:
         main.set(xlabel="round (validation split)", ylabel=unit.axis)
         main.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _draw_test_panel(test, results)
+        references = _draw_references(main, test, results)
         _scale(main, unit)
-        _draw_references(main, test, results, gap=0.34 / sheet.height)
+        _name_references(test, references, unit, gap=0.34 / sheet.height)
         png = sheet.png()
     several = max(curve.seeds for curve in curves.values()) > 1
     return Plot(
         "metric-by-round",
         title,
-        f"{_BAND if several else ''} The panel at the right has the test split: one dot a seed, "
-        "a bar at the mean; dashed lines are the reference rows.".strip(),
+        "Line: mean over seeds; band: lowest to highest seed. The panel at the right has the test "
+        "split, a dot a seed and a bar at the mean; dashed lines are the reference rows."
+        if several
+        else "The panel at the right has the test split; dashed lines are the reference rows.",
         _alt(f"Line chart of validation {unit.name} by round", curves, unit),
         png,
     )
@@ -117,13 +118,13 @@ def aggregation_bias(results: Results) -> Plot | None:
     keys += [
         (
             Line2D([], [], color=QUIET, linestyle=":", linewidth=1.6),
-            "before: plain mean of factors",
+            "before: plain means",
         ),
-        (Line2D([], [], color=QUIET, linewidth=1.6), "after (the rule's)"),
+        (Line2D([], [], color=QUIET, linewidth=1.6), "after the rule"),
     ]
     title = "Aggregation bias by round"
     with plain_style():
-        sheet = Sheet(title, keys, height=2.75)
+        sheet = Sheet(title, keys, height=2.75, left=0.74)
         axes = sheet.axes()
         for label in drawn:
             index = results.labels.index(label)
@@ -140,17 +141,17 @@ def aggregation_bias(results: Results) -> Plot | None:
                 lw=1.6,
                 **style,  # type: ignore[arg-type]
             )
-        axes.set(yscale="log", xlabel="round", ylabel="‖ΔW − BA‖ / ‖ΔW‖", xlim=(0, None))
+        axes.set(yscale="log", xlabel="round", ylabel="relative bias")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         plain_log(axes.yaxis, axes.dataLim.y0, axes.dataLim.y1)
         png = sheet.png()
     return Plot(
         "aggregation-bias",
         title,
-        "How far the averaged factors' product BA is from the mean ΔW of the clients' products, "
-        "relative, on a logarithmic axis; where solid and dotted coincide the rule corrects "
-        f"nothing.{_repairable(results, drawn)}",
-        f"Line chart of relative aggregation bias by round on a logarithmic axis. "
+        "How far the aggregated product BA is from ΔW, the mean of the clients' own products: "
+        f"‖ΔW {MINUS} BA‖ / ‖ΔW‖; where the dotted line hides behind the solid one the rule "
+        f"corrects nothing.{_repairable(results, drawn)}",
+        "Line chart of relative aggregation bias by round on a logarithmic axis. "
         + " ".join(_bias_in_words(label, after[label]) for label in drawn)
         + (f" Exact: {', '.join(exact)}." if exact else ""),
         png,
@@ -178,7 +179,7 @@ def _draw_curves(axes: Axes, curves: dict[str, Curve], unit: Unit) -> None:
                 curve.low * unit.scale,
                 curve.high * unit.scale,
                 color=style["color"],
-                alpha=0.14,
+                alpha=0.14 if len(curves) <= 4 else 0.07,
                 linewidth=0,
             )
 
@@ -190,7 +191,7 @@ def _scale(axes: Axes, unit: Unit) -> None:
         axes.set_ylim(max(low, 0.0), min(high, 100.0))
         return
     bounds = [axes.dataLim.y0, axes.dataLim.y1]
-    if 0 < bounds[0] and bounds[1] / bounds[0] > _LOG_FROM:
+    if bounds[0] > 0 and bounds[1] / bounds[0] > _LOG_FROM:
         axes.set_yscale("log")
         plain_log(axes.yaxis, axes.dataLim.y0, axes.dataLim.y1)
 
@@ -226,32 +227,34 @@ def _draw_test_panel(axes: Axes, results: Results) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _draw_references(main: Axes, test: Axes, results: Results, gap: float) -> None:
-    """Draw the reference rows through both panels, named in the right margin.
-
-    Args:
-        gap: the height that a name takes, as a share of the axes.
-    """
-    unit = results.unit
+def _draw_references(main: Axes, test: Axes, results: Results) -> dict[str, float]:
+    """Draw the reference rows through both panels and return where they stand, as drawn."""
     rows = {
         name: mean_and_sd(list(by_seed.values()))[0]
         for name, by_seed in reference_finals(results.comparison).items()
     }
-    known = {name: mean * unit.scale for name, mean in rows.items() if mean is not None}
-    if not known:
-        return
+    scale = results.unit.scale
+    known = {name: mean * scale for name, mean in rows.items() if mean is not None}
     for value in known.values():
         for axes in (main, test):
             axes.axhline(value, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1.5, alpha=0.75)
-    to_axes = main.transData + main.transAxes.inverted()
-    heights = [float(to_axes.transform((0.0, value))[1]) for value in known.values()]
-    for (name, value), height, text in zip(
-        known.items(), heights, spread(heights, gap), strict=True
-    ):
-        test.annotate(
-            f"{name}\n{unit.value(value / unit.scale)}",
+    return known
+
+
+def _name_references(axes: Axes, references: dict[str, float], unit: Unit, gap: float) -> None:
+    """Write the reference rows' names in the right margin, none over another.
+
+    Args:
+        gap: the height that a name takes, as a share of the axes.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((0.0, value))[1]) for value in references.values()]
+    places = spread(heights, gap)
+    for (name, value), height, place in zip(references.items(), heights, places, strict=True):
+        axes.annotate(
+            f"{clip(name, 12)}\n{unit.value(value / unit.scale)}",
             xy=(1.0, height),
-            xytext=(1.16, text),
+            xytext=(1.02 + 0.08 / (axes.bbox.width / axes.figure.dpi), place),
             xycoords="axes fraction",
             textcoords="axes fraction",
             fontsize=8.8,
@@ -274,10 +277,7 @@ def _repairable(results: Results, labels: list[str]) -> str:
     known = known[np.isfinite(known)]
     if not len(known):
         return ""
-    return (
-        f" On the mean {100 * known.mean():.0f}% of it lies where a correction of B can reach "
-        "(the row space of the mean A)."
-    )
+    return f" About {100 * known.mean():.0f}% of it is within reach of a correction of B."
 
 
 def _bias_in_words(label: str, curve: Curve) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from fedgraft.adapter import Adapter
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
-from fedgraft.files import read_tensors, write_bytes, write_text, write_tensors
+from fedgraft.files import read_tensors, write_bytes, write_tensors, write_text
 from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
 

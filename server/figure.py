@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -80,10 +81,11 @@ class Plot:
 @contextmanager
 def plain_style() -> Iterator[None]:
     """Draw with our style whatever the user's matplotlibrc says; everything is put back after."""
-    defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
+    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
+    style.pop("backend")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        with matplotlib.rc_context(defaults | _STYLE):
+        with matplotlib.rc_context(style):
             yield
 
 
@@ -99,6 +101,12 @@ def look(index: int) -> dict[str, str]:
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
     }
+
+
+def bar(index: int) -> dict[str, Any]:
+    """Return colour and hatching of a strategy's bar, told apart beyond the palette too."""
+    hatch = ("", "////", "....")[index // len(PALETTE) % 3]
+    return {"facecolor": colour(index), "edgecolor": "white", "linewidth": 0, "hatch": hatch}
 
 
 def key_of(index: int) -> Line2D:
@@ -167,12 +175,6 @@ class Sheet:
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         return buffer.getvalue()
-
-
-def clip(text: str, length: int) -> str:
-    """Return text as one line of printable characters, cut to a length."""
-    line = "".join(c if c.isprintable() else " " for c in text).strip()
-    return line if len(line) <= length else f"{line[: length - 1].rstrip()}…"
 
 
 def plain_log(axis: Axis, low: float, high: float) -> None:

@@ -7,6 +7,7 @@ listed with their "directory", relative to it).
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from server.statistics import Comparison, build_comparison, label_of
 from server.units import Unit
 
 COMPARISON_FILE = "comparison.json"
+PLAN_FILE = "comparison.toml"
+"""What a comparison was asked for: strategies, seeds, grid and the config common to its runs."""
 _NEEDED = ("strategy", "seed", "task", "metric", "direction", "final", "best_round")
 
 
@@ -45,10 +48,12 @@ class Run:
 
     @property
     def label(self) -> str:
+        """What tables call its strategy."""
         return label_of(self.summary)
 
     @property
     def seed(self) -> int:
+        """The seed that runs of different strategies are paired by."""
         return int(self.summary["seed"])
 
 
@@ -58,28 +63,29 @@ class Results:
 
     Attributes:
         notes: what a reader of the comparison must know.
-        command: what was typed, where the comparison says so.
+        config: what `command` needs as config.toml: a comparison's plan, else the first run's.
+        command: what makes the same again.
     """
 
     runs: tuple[Run, ...]
     comparison: Comparison
-    notes: tuple[str, ...] = ()
-    command: str | None = None
+    notes: tuple[str, ...]
+    config: dict[str, Any]
+    command: str
 
     @property
     def unit(self) -> Unit:
+        """How the metric is written."""
         return Unit(str(self.runs[0].summary["metric"]))
 
     @property
-    def metric(self) -> str:
-        return self.unit.metric
-
-    @property
     def direction(self) -> str:
+        """Whether a larger ("max") or smaller ("min") metric is better."""
         return str(self.runs[0].summary["direction"])
 
     @property
     def labels(self) -> list[str]:
+        """The strategies in the order of the table, the first one first."""
         return [str(strategy["strategy"]) for strategy in self.comparison["strategies"]]
 
     def of(self, label: str) -> list[Run]:
@@ -96,34 +102,55 @@ def read_results(directories: Sequence[Path]) -> Results:
     """
     runs: dict[Path, Run] = {}
     references: list[dict[str, Any]] = []
-    commands: list[str] = []
+    plan: dict[str, Any] = {}
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"there is no folder {directory}", "Check the path.")
-        source = directory.resolve().name
+        only, source = len(directories) == 1, directory.resolve().name
         if not (directory / COMPARISON_FILE).is_file():
-            runs.setdefault(directory.resolve(), _read_run(directory, source, source))
+            run = _read_run(directory, "." if only else source, source)
+            runs.setdefault(directory.resolve(), run)
             continue
         listing = _read_object(directory / COMPARISON_FILE, ("runs", "references"))
-        for name in _folders(listing, directory / COMPARISON_FILE):
+        for name, label in _listed_runs(listing, directory / COMPARISON_FILE):
             folder = directory / name
-            shown = name if len(directories) == 1 else f"{source}/{name}"
-            runs.setdefault(folder.resolve(), _read_run(folder, shown, source))
+            run = _read_run(folder, name if only else f"{source}/{name}", source)
+            if label:
+                run = replace(run, summary=run.summary | {"label": label})
+            runs.setdefault(folder.resolve(), run)
         references += listing["references"]
-        commands += [str(listing["command"])] if listing.get("command") else []
+        if only and (directory / PLAN_FILE).is_file():
+            plan = read_toml(directory / PLAN_FILE)
     chosen = _with_unique_labels(list(runs.values()))
     agreed, notes = _agreed(references)
     comparison = build_comparison([r.summary | {"directory": r.name} for r in chosen], agreed)
-    command = commands[0] if len(commands) == len(directories) == 1 else None
-    return Results(tuple(chosen), comparison, notes, command)
+    if plan:
+        return Results(tuple(chosen), comparison, notes, plan["config"], _compare_command(plan))
+    names = [run.name for run in chosen]
+    command = "\n".join(
+        f"fedgraft simulate {shlex.quote(f'{name}/config.toml')} --out again" for name in names
+    )
+    if names == ["."]:
+        command = "fedgraft simulate config.toml --out again"
+    return Results(tuple(chosen), comparison, notes, chosen[0].config, command)
 
 
-def _folders(listing: dict[str, Any], file: Path) -> list[str]:
-    """Return the run folders that a comparison lists, relative to it."""
-    folders = [run.get("directory") for run in listing["runs"] if isinstance(run, dict)]
-    if not folders or not all(isinstance(folder, str) for folder in folders):
+def _compare_command(plan: dict[str, Any]) -> str:
+    """Return the command that a comparison's plan stands for."""
+    words = ["fedgraft", "compare", "config.toml"]
+    words += ["--strategies", ",".join(plan["strategies"])]
+    words += ["--seeds", ",".join(str(seed) for seed in plan["seeds"])]
+    for key, values in plan.get("grid", {}).items():
+        words += ["--grid", f"{key}={','.join(str(value) for value in values)}"]
+    return " ".join(shlex.quote(word) for word in [*words, "--out", "again"])
+
+
+def _listed_runs(listing: dict[str, Any], file: Path) -> list[tuple[str, str]]:
+    """Return folder and label of the runs that a comparison lists."""
+    runs = [run for run in listing["runs"] if isinstance(run, dict)]
+    if not runs or not all(isinstance(run.get("directory"), str) for run in runs):
         raise ConfigError(f'{file} lists a run without its "directory"', "Compare again.")
-    return [str(folder) for folder in folders]
+    return [(run["directory"], str(run.get("label") or "")) for run in runs]
 
 
 def _read_run(folder: Path, name: str, source: str) -> Run:
@@ -132,6 +159,11 @@ def _read_run(folder: Path, name: str, source: str) -> Run:
             f"there is no folder {folder}", "Keep a comparison's run folders beside it."
         )
     directory = RunDirectory(folder)
+    if (folder / PLAN_FILE).is_file():
+        raise ConfigError(
+            f"{folder} holds a comparison that has not finished: {COMPARISON_FILE} is missing",
+            f"Finish it with fedgraft compare --resume {folder}.",
+        )
     if not directory.summary_file.is_file():
         if directory.rounds_file.is_file():
             raise ConfigError(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from fedgraft.adapter import Adapter, to_arrays
+from fedgraft.adapter import Adapter, natural_order, to_arrays
 from fedgraft.config import Config
 from fedgraft.errors import RunError
 from fedgraft.resident_model import resident_model, resident_task
@@ -160,7 +160,7 @@ class FederatedRun(RoundHooks):
         if self.books is not None:
             return
         initial = self._evaluate(outcome.state.adapter, test=True)[self.task.metric]
-        self.books = Bookkeeping(initial=initial, descriptions=dict(descriptions))
+        self.books = Bookkeeping(initial=initial, descriptions=_ordered(descriptions))
         self._record(outcome)
         self._save(outcome)
 
@@ -237,6 +237,10 @@ class FederatedRun(RoundHooks):
         self.directory.write_summary(summary)
         self.progress.write(FINISHED, final=final, best_round=self.books.best_round)
         return summary
+
+
+def _ordered(descriptions: Mapping[str, str]) -> dict[str, str]:
+    return {name: descriptions[name] for name in sorted(descriptions, key=natural_order)}
 
 
 def peak_memory() -> int:

@@ -39,6 +39,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the two can be told apart."""
         return self.low > 0 or self.high < 0
 
 

@@ -81,6 +81,7 @@ def summarise(
         "best_round": books.best_round,
         "validation_best": books.best,
         "stopped_early": books.stopped_early,
+        "patience": config.evaluate.patience,
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "wall_seconds": round(books.wall_seconds, 3),

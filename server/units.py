@@ -29,6 +29,7 @@ class Unit:
 
     @property
     def share(self) -> bool:
+        """Whether the metric is a share of examples, shown in per cent."""
         return self.metric.endswith(_SHARES)
 
     @property
@@ -38,10 +39,12 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """The metric's name in a sentence."""
         return self.metric.replace("_", " ")
 
     @property
     def axis(self) -> str:
+        """The metric's name with its unit, for an axis."""
         return f"{self.name} (%)" if self.share else self.name
 
     @property
@@ -108,6 +111,12 @@ def seconds(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
     return _plain(value, 1 if value < 10 else 0)
+
+
+def clip(text: str, length: int) -> str:
+    """Return text as one line of printable characters, cut to a length."""
+    line = "".join(c if c.isprintable() else " " for c in text).strip()
+    return line if len(line) <= length else f"{line[: length - 1].rstrip()}…"
 
 
 def listed(words: list[str], last: str = "and") -> str:

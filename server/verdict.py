@@ -25,8 +25,9 @@ from server.statistics import (
 from server.units import Unit, listed
 
 _ONE_SEED = (
-    "One seed tells nothing about how much of {what} is luck: another one deals other data and "
-    "starts from another adapter. Repeat with at least three seeds (--seeds 0,1,2)."
+    "One seed tells nothing about how much of {what} is luck: another seed deals the data "
+    "differently and starts from another adapter. Repeat with fedgraft compare and at least three "
+    "seeds (--seeds 0,1,2)."
 )
 
 
@@ -90,8 +91,8 @@ class _Reading:
             findings.append(finding)
         if len(findings) > 1 and len(groups["open"]) < len(findings):
             findings.append(
-                f"These are {len(findings)} intervals of 95% each: about one in twenty excludes "
-                "zero by luck alone."
+                f"These are {len(findings)} intervals of 95% each: of strategies that do not "
+                "differ, one in twenty would exclude zero by luck."
             )
         return [self._headline(groups), *findings, *self._standing()]
 

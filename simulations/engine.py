@@ -41,4 +41,3 @@ def run_engine(config: Config, directory: RunDirectory, engine: Engine = "in-pro
     grid = InProcessGrid(client_app, config.federation.clients, settings)
     context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), settings)
     server_app(grid, context)
-

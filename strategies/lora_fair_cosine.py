@@ -65,7 +65,7 @@ class LoRAFairCosine(PerClientRule):
             (update.share, {"A": update.factors.A, "B": update.factors.B}) for update in updates
         )
         # rounded like FedAvg's, so that what follows corrects the means that clients receive
-        A, B = mean["A"].float().double(), mean["B"].float().double()
+        A, B = _rounded(mean["A"]), _rounded(mean["B"])
         projected = weighted_mean(
             (update.share, {"H": update.factors.B.double() @ (update.factors.A.double() @ A.T)})
             for update in updates
@@ -82,6 +82,10 @@ class LoRAFairCosine(PerClientRule):
         )
         Y, notes = problem.solve(A)
         return LayerResult(context.current.with_factors({"A": A, "B": Y}), notes=notes)
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    return tensor.float().double()
 
 
 def product_norm(left: Tensor, right: Tensor) -> float:
@@ -115,12 +119,15 @@ class CosineProblem:
         return 1.0 - cosine + self.penalty * float((Y - self.B).square().sum())
 
     def solve(self, A: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-        """Return the corrected B (d_out, r) and notes on what stood in for the optimum, if any."""
+        """Return the corrected B (d_out, r) and notes on what stood in for the optimum, if any.
+
+        Losses are compared at float32 values, for those are what clients receive.
+        """
         nothing = self.loss(self.B)
         best, reason = self._optimum()
         if best is not None and self.loss(best) <= nothing + _TIE:
             return best, ()
-        ridge = self.B + ridge_correction(self.H - self.B @ self.G, A, RIDGE_LAMBDA)
+        ridge = _rounded(self.B + ridge_correction(self.H - self.B @ self.G, A, RIDGE_LAMBDA))
         if self.loss(ridge) <= nothing:
             return ridge, (f"the ridge stood in for the cosine: {reason}",)
         return self.B, (f"B stays the mean, neither cosine nor ridge would better it: {reason}",)
@@ -144,8 +151,8 @@ class CosineProblem:
             return None, "<Bbar, H G^-1> <= 0"
         # in the directions not kept H = 0, so only the penalty speaks and Y = Bbar
         points = [
-            self.B + ((float(spectrum.sigma(shift)) * H - e * B) / (e + float(shift))) @ basis.T
-            for shift in spectrum.roots()
+            _rounded(self.B + ((sigma * H - e * B) / (e + shift)) @ basis.T)
+            for shift, sigma in spectrum.roots()
         ]
         return min(points, key=self.loss, default=None), "no stationary point beats Bbar"
 
@@ -188,11 +195,11 @@ class _Spectrum:
         excess: np.ndarray = shift * t - self.strength * q**3
         return excess
 
-    def roots(self) -> list[np.ndarray]:
-        """Return the roots l of F; called where <Bbar, H> >= 0 and <Bbar, H G^-1> > 0."""
+    def roots(self) -> list[tuple[float, float]]:
+        """Return the roots l of F, each with its sigma; <Bbar, H G^-1> must be above 0."""
         zero = np.zeros(())
         if self.strength == 0.0:
-            return [zero]
+            return [(0.0, float(self.sigma(zero)))]
         # F is nearly linear far below and far above the eigenvalues: one root there, if any
         t, q = self._t_and_q(zero)
         ends = [self.strength * q**3 / t]
@@ -201,10 +208,11 @@ class _Spectrum:
         grid = np.geomspace(1e-6 * self.e.min(), 1e6 * self.e.max(), _SCAN)
         grid = np.unique([1e-3 * min(ends), *grid, 1e3 * max(ends)])
         positive = self.excess(grid) > 0.0
-        return [
+        found = [
             np.exp(brentq(lambda x: self.excess(np.exp(x)), np.log(grid[i]), np.log(grid[i + 1])))
             for i in np.flatnonzero(positive[1:] != positive[:-1])
         ]
+        return [(float(shift), float(self.sigma(shift))) for shift in found]
 
     def _t_and_q(self, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         each, sigma = shift[..., None], self.sigma(shift)[..., None]

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-
 from fedgraft.adapter import LoraLayer, Tensors
 from fedgraft.config import Group
 

@@ -166,7 +166,9 @@ class AdapterStrategy(Strategy):
         )
         self.hooks.on_start(before, self.roster.descriptions)
         for round in range(state.round + 1, num_rounds + 1):
-            outcome = self._round(grid, round, num_rounds, train_config, evaluate_config, deadline, result)
+            outcome = self._round(
+                grid, round, num_rounds, train_config, evaluate_config, deadline, result
+            )
             self._evaluate_centrally(evaluate_fn, round, result)
             if self.hooks.on_round(outcome):
                 break
@@ -301,9 +303,7 @@ class AdapterStrategy(Strategy):
         seconds = {"train": time.perf_counter() - began}
         self._outcome = replace(self._outcome, seconds=seconds)
 
-    def _collect(
-        self, round: int, replies: Iterable[Message], spool: UpdateSpool
-    ) -> _Collected:
+    def _collect(self, round: int, replies: Iterable[Message], spool: UpdateSpool) -> _Collected:
         assert self._state is not None
         adapter = self._state.adapter
         expected = Expected(

@@ -51,8 +51,7 @@ class Expected:
             wanted = self.tensors[name]
             if tensor.shape != wanted.shape:
                 raise UpdateError(
-                    f"tensor {name!r} has shape {tuple(tensor.shape)}, "
-                    f"not {tuple(wanted.shape)}"
+                    f"tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}"
                 )
             if tensor.dtype not in _WIRE_TYPES | {wanted.dtype}:
                 raise UpdateError(f"tensor {name!r} has dtype {tensor.dtype}, not {wanted.dtype}")

@@ -82,12 +82,13 @@ def load_config(config: Config) -> PreTrainedConfig:
     """Load the config of the base; raises as `load_model` does."""
     from transformers import AutoConfig
 
-    return _load(
+    base: PreTrainedConfig = _load(
         config,
         lambda source, revision: AutoConfig.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
         ),
     )
+    return base
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -110,9 +111,10 @@ def load_image_processor(config: Config) -> Any:
     folder = local_path(config.model.base or "")
     if folder is not None and not (folder / "preprocessor_config.json").exists():
         return None
+    processor: Any = AutoImageProcessor
     return _load(
         config,
-        lambda source, revision: AutoImageProcessor.from_pretrained(
+        lambda source, revision: processor.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
         ),
     )

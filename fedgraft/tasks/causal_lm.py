@@ -170,7 +170,7 @@ class CausalLM(RowsTask):
             ModelError: a tokenizer that cannot say which characters a token stands for.
         """
         tokenizer = self._tokenizer
-        limit = token_limit(self.config, load_config(self.config), tokenizer)
+        limit = self._limit
         written = [self._write(row) for row in table]
         coded = tokenizer([text for text, _, _ in written], return_offsets_mapping=True)
         tokens: list[Tokens] = []
@@ -252,6 +252,10 @@ class CausalLM(RowsTask):
                 "Choose a base with a tokenizer.json.",
             )
         return tokenizer
+
+    @cached_property
+    def _limit(self) -> int:
+        return token_limit(self.config, load_config(self.config), self._tokenizer)
 
 
 _LARGEST_EXPONENT = 700.0  # exp(710) is too large for a float

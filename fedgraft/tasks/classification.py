@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedgraft.config import Config
 from fedgraft.errors import DataError
 from fedgraft.tasks.base_models import head_modules, load_config, load_model
 from fedgraft.tasks.rows import RowsTask
+from fedgraft.tasks.scoring import accuracy_and_loss, cross_entropy
 from fedgraft.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Classification(RowsTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy (nats) summed over the examples."""
-        return functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="sum")
+        return cross_entropy(model, batch)
 
     def count(self, batch: Batch) -> int:
         """Return the number of examples."""
@@ -104,18 +104,4 @@ class Classification(RowsTask):
 
     def measure(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
         """Return accuracy (a share) and loss (mean cross-entropy in nats)."""
-        right = seen = 0
-        loss = 0.0
-        for batch in batches:
-            logits = _logits(model, batch)
-            loss += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            right += int((logits.argmax(-1) == batch["labels"]).sum())
-            seen += len(logits)
-        return {"accuracy": right / seen, "loss": loss / seen}
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the class scores (n, classes) in float32."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits: Tensor = model(**inputs).logits
-    return logits.float()
+        return accuracy_and_loss(model, batches)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedgraft.seeds import forked_torch, stream, torch_seed
-from fedgraft.tasks.digits import cut, load_digits, to_pixels
+from fedgraft.tasks.digits import cut_digits, load_digits, to_pixels
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
@@ -42,7 +42,8 @@ def architecture() -> ViTForImageClassification:
             patch_size=2,
             image_size=8,
             num_channels=1,
-            num_labels=10,
+            id2label={digit: str(digit) for digit in range(10)},
+            label2id={str(digit): digit for digit in range(10)},
             hidden_act="gelu",
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -51,7 +52,7 @@ def architecture() -> ViTForImageClassification:
 
 
 def augment(pixels: Tensor, random: np.random.Generator) -> Tensor:
-    """Turn, scale and move each image (n, 1, 8, 8) a little: 12 degrees, 10 per cent, half a pixel."""
+    """Turn (12 degrees), scale (10 per cent) and move (half a pixel) images (n, 1, 8, 8)."""
     count = len(pixels)
     angle = torch.tensor(random.uniform(-1, 1, count) * np.deg2rad(12), dtype=torch.float32)
     scale = torch.tensor(random.uniform(0.9, 1.1, count), dtype=torch.float32)
@@ -68,7 +69,7 @@ def pretrain() -> ViTForImageClassification:
     """Train the base on the public digits: AdamW under a one-cycle schedule, one thread."""
     torch.set_num_threads(1)
     images, labels = load_digits()
-    public = cut()["public"]
+    public = cut_digits()["public"]
     pixels, targets = to_pixels(images[public]), torch.tensor(labels[public])
     random = stream(SEED, "digits-pretrain")
     with forked_torch(torch_seed(SEED, "digits-init"), torch.device("cpu")):
@@ -81,11 +82,11 @@ def pretrain() -> ViTForImageClassification:
         logits = model(pixel_values=augment(pixels[rows], random)).logits
         loss = functional.cross_entropy(logits, targets[rows])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return model.eval()
+    return model
 
 
 def main() -> None:
@@ -95,6 +96,7 @@ def main() -> None:
     folder: Path = parser.parse_args().to
     pretrain().save_pretrained(folder)
     weights = folder / "model.safetensors"
+    weights.chmod(0o644)  # safetensors writes for its owner alone
     print(f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {weights}")
 
 

@@ -168,7 +168,7 @@ def _hub_rows(data: str) -> dict[str, Rows]:
     for split, aliases in NAMES.items():
         held = next((alias for alias in aliases if alias in loaded), None)
         if held is not None:
-            found[split] = _table_rows(f"{data}, split {held},", loaded[held])
+            found[split] = _table_rows(f"{data}, split {held}", loaded[held])
     if "train" not in found:
         raise DataError(
             f"dataset {data!r} has no split named train; it has {', '.join(map(str, loaded))}",

@@ -69,7 +69,7 @@ class TextClassification(Classification):
         tokens = self._tokenizer(
             list(table[self.config.task.text_field]),
             truncation=True,
-            max_length=token_limit(self.config, self.base_config, self._tokenizer),
+            max_length=self._limit,
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
@@ -87,6 +87,10 @@ class TextClassification(Classification):
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.config)
+
+    @cached_property
+    def _limit(self) -> int:
+        return token_limit(self.config, self.base_config, self._tokenizer)
 
 
 def _hidden(rows: Rows, label: str) -> bool:

@@ -169,11 +169,14 @@ def write_comparison(
             {"name": "base", "seed": seed, "metric": metric, "final": base},
             {"name": "alone", "seed": seed, "metric": metric}
             | {"final": _metrics(metric, 0.62 + 0.01 * seed)[metric]}
-            | {"low": _metrics(metric, 0.51)[metric], "high": _metrics(metric, 0.68)[metric]},
+            | dict(zip(("low", "high"), sorted(_metrics(metric, a)[metric] for a in (0.51, 0.68)))),
             {"name": "centralised", "seed": seed, "metric": metric}
             | {"final": _metrics(metric, 0.79 + 0.005 * seed)[metric]},
         ]
     comparison = build_comparison(summaries, rows)
+    plan = {"strategies": list(strategies), "seeds": list(seeds), "grid": {}, "references": []}
+    config = {"train": {"lr": 0.008}, "compare": {"ffa-lora": {"train": {"lr": 0.016}}}}
+    (folder / "comparison.toml").write_text(tomli_w.dumps(plan | {"config": config}))
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=2))
     return comparison
 

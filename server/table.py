@@ -1,0 +1,206 @@
+"""The table at the end of a run or a comparison, its cells written once for screen and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from server.statistics import (
+    START,
+    Comparison,
+    finals,
+    label_of,
+    mean_and_sd,
+    mean_improvement,
+    reference_finals,
+)
+from server.units import NOTHING, Unit, megabytes, number, seconds
+
+REFERENCE_WORDS = {
+    START: "The adapter that the runs started from: the untouched base, unless adapter.from named "
+    "another.",
+    "base": "The untouched model.",
+    "alone": "Each client trains only on its own data, rounds x steps optimizer steps of its batch "
+    "size, its optimizer kept (mean and range over clients).",
+    "centralised": "The pooled data, rounds x steps optimizer steps, each on as many examples as "
+    "all sampled clients see in one step (clients x batch), its optimizer kept: same optimizer "
+    "steps and same examples as the federation, an upper bound.",
+}
+"""What the reference rows are, in the same words everywhere."""
+
+
+@dataclass(frozen=True)
+class StrategyRow:
+    """One strategy's cells, as text.
+
+    Attributes:
+        result: the test metric, mean ± standard deviation over seeds.
+        difference: the mean paired difference from the first strategy; a dash for that one.
+        interval: its 95% interval.
+        gain: over the base (above zero is better in either direction).
+        short: of centralised (above zero is worse).
+        up, down: megabytes (10^6 bytes) sent in a whole run by all clients together, mean over
+            runs; `sent` is their sum.
+        wall, train, aggregate: seconds a run, mean.
+        steps: optimizer steps of all clients together a run, mean.
+        memory: peak megabytes of a run's own process, mean.
+        epsilon: the privacy spent, the worst run's.
+    """
+
+    label: str
+    seeds: int
+    result: str
+    difference: str
+    interval: str
+    gain: str
+    short: str
+    sent: str
+    up: str
+    down: str
+    wall: str
+    train: str
+    aggregate: str
+    steps: str
+    memory: str
+    epsilon: str
+
+    @property
+    def difference_and_interval(self) -> str:
+        """Both in the room of a terminal: "+0.3 [−1.0, +1.5]"."""
+        if self.interval == NOTHING:
+            return NOTHING
+        return f"{self.difference} [{self.interval.replace(' to ', ', ')}]"
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """One reference row's cells, as text; `spread` is the range over clients, where it has one."""
+
+    name: str
+    result: str
+    spread: str
+    words: str
+
+
+def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
+    """Return the rows of a comparison's strategies, the one that others are compared with first."""
+    unit = _unit(comparison)
+    direction = str(comparison["runs"][0]["direction"])
+    references = reference_finals(comparison)
+    base = references.get("base", references.get(START, {}))
+    centralised = references.get("centralised", {})
+    by_label = finals(comparison["runs"])
+    rows = []
+    for strategy in comparison["strategies"]:
+        label = str(strategy["strategy"])
+        runs = [run for run in comparison["runs"] if label_of(run) == label]
+        middle, low, high = unit.differences(
+            strategy["difference"], strategy["low"], strategy["high"]
+        )
+        ahead = mean_improvement(by_label[label], centralised, direction)
+        up, down = _mean(runs, "bytes_up"), _mean(runs, "bytes_down")
+        spent = [number(run.get("epsilon")) for run in runs if run.get("epsilon") is not None]
+        rows.append(
+            StrategyRow(
+                label=label,
+                seeds=len(runs),
+                result=unit.spread(strategy["mean"], strategy["sd"]),
+                difference=middle,
+                interval=NOTHING if low == NOTHING else f"{low} to {high}",
+                gain=unit.difference(mean_improvement(by_label[label], base, direction)),
+                short=unit.difference(None if ahead is None else -ahead),
+                sent=megabytes(None if up is None or down is None else up + down),
+                up=megabytes(up),
+                down=megabytes(down),
+                wall=seconds(_mean(runs, "wall_seconds")),
+                train=seconds(_mean(runs, "train_seconds")),
+                aggregate=seconds(_mean(runs, "aggregate_seconds")),
+                steps=_whole(_mean(runs, "client_steps")),
+                memory=megabytes(_mean(runs, "peak_memory_bytes")),
+                epsilon=f"{max(spent):.2f}" if spent else NOTHING,
+            )
+        )
+    return rows
+
+
+def reference_rows(comparison: Comparison) -> list[ReferenceRow]:
+    """Return the reference rows of a comparison, with what each of them is."""
+    unit = _unit(comparison)
+    rows = []
+    for name, by_seed in reference_finals(comparison).items():
+        entries = [row for row in comparison["references"] if row["name"] == name]
+        lows = [number(row["low"]) for row in entries if row.get("low") is not None]
+        highs = [number(row["high"]) for row in entries if row.get("high") is not None]
+        rows.append(
+            ReferenceRow(
+                name=name,
+                result=unit.spread(*mean_and_sd(list(by_seed.values()))),
+                spread=f"{unit.value(min(lows))} to {unit.value(max(highs))}"
+                if lows and highs
+                else "",
+                words=REFERENCE_WORDS.get(name, ""),
+            )
+        )
+    return rows
+
+
+def base_name(comparison: Comparison) -> str:
+    """Return what gains are over: "base", or "start" where no base row was computed."""
+    return "base" if "base" in reference_finals(comparison) else START
+
+
+def results_table(comparison: Comparison) -> Table:
+    """Return the table that the screen shows when a run or a comparison has finished.
+
+    Args:
+        comparison: what `statistics.build_comparison` returns; of one run for `simulate`. Columns
+            that would be empty are left out.
+    """
+    unit = _unit(comparison)
+    rows = strategy_rows(comparison)
+    columns: list[tuple[str, list[str]]] = [
+        (f"test\n{unit.name}", [row.result for row in rows]),
+        (
+            f"difference{' in points' if unit.share else ''}\n[95% interval]",
+            [row.difference_and_interval for row in rows],
+        ),
+        (f"over\n{base_name(comparison)}", [row.gain for row in rows]),
+        ("short of\ncentral.", [row.short for row in rows]),
+        ("MB\nsent", [row.sent for row in rows]),
+        ("epsilon", [row.epsilon for row in rows]),
+        ("time,\ns", [row.wall for row in rows]),
+    ]
+    shown = [(title, cells) for title, cells in columns if any(c != NOTHING for c in cells)]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    table.add_column("strategy", vertical="bottom", overflow="fold", min_width=11)
+    for title, _ in shown:
+        table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
+    for row, *cells in zip(rows, *(cells for _, cells in shown), strict=True):
+        table.add_row(Text(row.label), *(Text(cell) for cell in cells))
+    table.add_section()
+    for reference in reference_rows(comparison):
+        table.add_row(Text(reference.name, style="dim"), Text(reference.result, style="dim"))
+    return table
+
+
+def _unit(comparison: Comparison) -> Unit:
+    return Unit(str(comparison["runs"][0]["metric"]))
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return mean_and_sd([number(run.get(key)) for run in runs])[0]
+
+
+def _whole(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f}"

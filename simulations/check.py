@@ -1,0 +1,35 @@
+"""Find what cannot work before anything runs: one place that every simulation goes through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
+from fedgraft.logs import hushed
+from fedgraft.resident_model import resident_model, resident_task
+from server.export import read_adapter
+from strategies.registry import build_rule
+
+
+def check(config: Config) -> Config:
+    """Build rule, task, data and model, and return the config with its threads resolved.
+
+    Raises:
+        ConfigError: an unknown strategy or option, or more clients than examples.
+        DataError: data that cannot be read.
+        ModelError: a base that cannot be loaded, or targets that match nothing.
+    """
+    build_rule(config.strategy.name, config.strategy.options)
+    with hushed():
+        task = resident_task(config)
+        for client in range(config.federation.clients):
+            if len(task.train(client)) == 0:
+                raise ConfigError(
+                    f"client {client} of {config.federation.clients} would have no example",
+                    "Lower federation.clients, or raise federation.concentration.",
+                )
+        model = resident_model(task, config)
+        if config.adapter.from_ is not None:
+            read_adapter(Path(config.adapter.from_), model)
+    return config.with_overrides({"threads": model.threads})

@@ -1,0 +1,91 @@
+"""The reference rows of a comparison: what a federation's results are to be read against.
+
+Base: the untouched model. Alone: each client trains only on its own data, rounds x steps optimizer
+steps of its batch size, its optimizer kept (mean and range over clients). Centralised: the pooled
+data, rounds x steps optimizer steps, each on as many examples as all sampled clients see in one
+step, its optimizer kept: the same optimizer steps and examples as the federation, an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from client.trainer import Assignment, train
+from fedgraft.adapter import Adapter
+from fedgraft.config import Config, TrainConfig
+from fedgraft.resident_model import ResidentModel, resident_model, resident_task
+from fedgraft.tasks.task import Examples, Task
+from strategies.strategy import sample_size
+
+NAMES = ("base", "alone", "centralised")
+
+
+def reference(name: str, config: Config) -> dict[str, Any]:
+    """Compute one reference row, on the test split.
+
+    Args:
+        name: "base", "alone" or "centralised".
+        config: the federation that the row stands beside; seed and data are its own.
+
+    Returns:
+        An entry of comparison.json's "references"; `low` and `high` are the range over clients.
+
+    Raises:
+        FedGraftError: training failed.
+    """
+    task = resident_task(config)
+    model = resident_model(task, config)
+    row: dict[str, Any] = {"name": name, "seed": config.seed, "metric": task.metric}
+    start = model.initial_adapter(config.seed)
+    if name == "base":
+        return row | {"final": _test(model, task, start, config)}
+    if name == "centralised":
+        sampled = sample_size(config.federation.fraction, config.federation.clients)
+        settings = config.train.model_copy(update={"batch_size": config.train.batch_size * sampled})
+        return row | {"final": _long(model, task, config, settings, task.train(), "pooled")}
+    finals = [
+        _long(model, task, config, config.train, task.train(client), str(client))
+        for client in range(config.federation.clients)
+    ]
+    return row | {"final": fmean(finals), "low": min(finals), "high": max(finals)}
+
+
+def _long(
+    model: ResidentModel,
+    task: Task,
+    config: Config,
+    settings: TrainConfig,
+    examples: Examples,
+    client: str,
+) -> float:
+    """Train once for as many optimizer steps as the federation takes, then test."""
+    steps = config.federation.rounds * _steps_a_round(task, config)
+    trained = train(
+        model,
+        task,
+        examples,
+        model.initial_adapter(config.seed).tensors(),
+        Assignment(
+            settings=settings.model_copy(update={"steps": steps, "epochs": None}),
+            seed=config.seed,
+            round=1,
+            rounds=1,
+            client=client,
+        ),
+    )
+    return _test(model, task, Adapter.from_tensors(trained.tensors, model.scaling), config)
+
+
+def _steps_a_round(task: Task, config: Config) -> int:
+    """Return a client's optimizer steps a round; the mean over clients where epochs are set."""
+    clients = range(config.federation.clients)
+    return round(fmean(config.train.steps_for(len(task.train(client))) for client in clients))
+
+
+def _test(model: ResidentModel, task: Task, adapter: Adapter, config: Config) -> float:
+    metrics: Mapping[str, float] = model.evaluate(
+        task, adapter, task.test(), config.evaluate.batch_size
+    )
+    return metrics[task.metric]

@@ -1,0 +1,139 @@
+"""Small random federations for the property tests, and the host run on them."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dense import Client
+from hypothesis import strategies as st
+
+from fedgraft.adapter import Adapter, LoraLayer, Tensors
+from strategies.aggregation import Aggregated, aggregate
+from strategies.registry import build_rule
+from strategies.rule import Rule
+from strategies.spool import UpdateSpool
+
+LAYER = "model.layers.0.q_proj"
+
+
+@functools.cache
+def cached_rule(name: str, **options: Any) -> Rule:
+    """Build a rule once: looking through the installed entry points takes longer than a test."""
+    return build_rule(name, options)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A global adapter and one round's updates on it: client name -> (weight, tensors)."""
+
+    current: Adapter
+    updates: dict[str, tuple[float, Tensors]]
+
+    @contextmanager
+    def spooled(self) -> Iterator[UpdateSpool]:
+        """Spool the updates in the order of the dict, which is the order of arrival."""
+        with tempfile.TemporaryDirectory() as folder:
+            spool = UpdateSpool(Path(folder))
+            for client, (weight, tensors) in self.updates.items():
+                spool.add(client, weight, tensors)
+            yield spool
+
+    def aggregate(self, rule: Rule | str, **options: Any) -> Aggregated:
+        """Run the host on one round. Options are written with an underscore for `lambda_`."""
+        if isinstance(rule, str):
+            rule = cached_rule(rule, **{key.rstrip("_"): value for key, value in options.items()})
+        with self.spooled() as spool:
+            return aggregate(rule, spool, self.current, {}, 1)
+
+    def clients(self, layer: str = LAYER, factors: str = "AB") -> list[Client]:
+        """One layer of all clients for the oracles; factors that do not count are the server's."""
+        total = sum(weight for weight, _ in self.updates.values())
+        current = self.current.layers[layer]
+        found = []
+        for weight, tensors in self.updates.values():
+            A = tensors[f"{layer}.lora_A.weight"] if "A" in factors else current.A
+            B = tensors[f"{layer}.lora_B.weight"] if "B" in factors else current.B
+            found.append(Client(A.double().numpy(), B.double().numpy(), weight / total))
+        return found
+
+    def with_scaling(self, scaling: float) -> Federation:
+        layers = {
+            name: replace(layer, scaling=scaling) for name, layer in self.current.layers.items()
+        }
+        return replace(self, current=Adapter(layers, self.current.extras))
+
+
+def numpy_of(layer: LoraLayer) -> tuple[np.ndarray, np.ndarray]:
+    return layer.A.double().numpy(), layer.B.double().numpy()
+
+
+def federation(
+    rng: np.random.Generator,
+    *,
+    d_out: int,
+    d_in: int,
+    r: int,
+    weights: list[float],
+    drift: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 1,
+) -> Federation:
+    """A federation around one global adapter, each client off by `drift` standard deviations."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape)).float()
+
+    names = [LAYER.replace("0", str(index)) for index in range(layers)]
+    current = Adapter(
+        {name: LoraLayer(normal(r, d_in), normal(d_out, r), 2.0) for name in names},
+        {"classifier.weight": normal(3, d_in)},
+    )
+    updates = {
+        f"client-{k}": (
+            weight,
+            {
+                name: (tensor + drift * normal(*tensor.shape)).to(dtype)
+                for name, tensor in current.tensors().items()
+            },
+        )
+        for k, weight in enumerate(weights)
+    }
+    return Federation(current, updates)
+
+
+SIZES = st.integers(1, 9)
+WEIGHTS = st.lists(st.integers(1, 5000).map(float), min_size=1, max_size=7)
+
+
+@st.composite
+def federations(draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16)) -> Federation:
+    """Shapes (d = r as often as not), ranks, weights, client counts, drift and dtype drawn."""
+    r = draw(st.integers(1, 5))
+    return federation(
+        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
+        d_out=draw(SIZES | st.just(r)),
+        d_in=draw(SIZES | st.just(r)),
+        r=r,
+        weights=draw(WEIGHTS),
+        drift=draw(st.sampled_from([1.0, 0.3, 0.03])),
+        dtype=draw(st.sampled_from(list(dtypes))),
+    )
+
+
+def hostile(fed: Federation, client: str, factor_A: float, factor_B: float) -> Federation:
+    """The federation with one client's factors multiplied (by -1, by 1000, ...)."""
+    weight, tensors = fed.updates[client]
+    scale = {"A": factor_A, "B": factor_B}
+    bad = {
+        name: tensor * scale["A" if "lora_A" in name else "B"] if "lora_" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    return replace(fed, updates=fed.updates | {client: (weight, bad)})

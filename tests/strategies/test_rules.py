@@ -1,0 +1,331 @@
+"""What every rule must keep to, one row a rule; a new rule adds its row to ROWS."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import dense
+import numpy as np
+import pytest
+import torch
+from federations import LAYER, Federation, cached_rule, federation, federations, numpy_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgraft.adapter import Adapter, LoraLayer, Tensors
+from fedgraft.config import ConfigError
+from fedgraft.errors import RunError
+from strategies.aggregation import aggregate
+from strategies.registry import build_rule
+from strategies.rule import (
+    Capabilities,
+    LayerContext,
+    LayerResult,
+    PerClientRule,
+    Phase,
+    Rule,
+    SumOnlyRule,
+    WeightedLayer,
+)
+from strategies.spool import UpdateSpool
+
+Oracle = Callable[[list[dense.Client]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule of the shared tests.
+
+    Attributes:
+        name, options: as a config has them.
+        factors: those that clients upload.
+        oracle: A and B from dense numpy; None where the rule's own file has a better test.
+        tolerance: of A and B, relative to the largest entry. float32 results of float64 sums are
+            off by half a unit in the last place, 6e-8; a solve adds its condition number.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    factors: str = "AB"
+    oracle: Oracle | None = None
+    tolerance: float = 1e-6
+
+    def rule(self) -> Rule:
+        return cached_rule(self.name, **self.options)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *map(str, self.options.values())])
+
+
+ROWS = [
+    Row("fedavg", oracle=dense.means),
+    Row("ffa-lora", factors="B", oracle=dense.means),
+    # the condition number of G + lambda I is at most 1 + r / lambda_rel; float32 contributions
+    # (eps 6e-8) of drifts that do not average out are amplified by its root
+    Row("lora-fair", oracle=lambda clients: dense.ridge(clients, 1e-2), tolerance=1e-5),
+    Row("lora-fair", {"lambda": 1.0}, oracle=lambda clients: dense.ridge(clients, 1.0)),
+    Row("lora-fair", {"objective": "cosine"}),  # no formula; see test_lora_fair.py
+]
+
+rows = pytest.mark.parametrize("row", ROWS, ids=str)
+quick = settings(max_examples=60, deadline=None)
+
+
+@rows
+@quick
+@given(fed=federations())
+def test_rule_equals_its_dense_definition(row: Row, fed: Federation) -> None:
+    if row.oracle is None:
+        return
+    expected_A, expected_B = row.oracle(fed.clients(factors=row.factors))
+    A, B = numpy_of(fed.aggregate(row.rule()).adapter.layers[LAYER])
+    # relative to the clients' own size: means of opposite signs cancel, their rounding does not
+    size = max(np.abs(c.B).max() for c in fed.clients())
+    np.testing.assert_allclose(A, expected_A, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(B, expected_B, rtol=row.tolerance, atol=row.tolerance * size)
+
+
+@rows
+@quick
+@given(fed=federations(), data=st.data())
+def test_order_of_arrival_changes_no_bit(row: Row, fed: Federation, data: st.DataObject) -> None:
+    order = data.draw(st.permutations(list(fed.updates)))
+    shuffled = replace(fed, updates={client: fed.updates[client] for client in order})
+    first, second = fed.aggregate(row.rule()), shuffled.aggregate(row.rule())
+    assert first.adapter.digest() == second.adapter.digest()
+    assert first.notes == second.notes
+
+
+@rows
+@quick
+@given(fed=federations(), copies=st.integers(1, 6), weight=st.floats(1e-3, 1e6))
+def test_equal_clients_are_what_they_all_are(
+    row: Row, fed: Federation, copies: int, weight: float
+) -> None:
+    _, update = next(iter(fed.updates.values()))
+    equal = replace(fed, updates={f"{k}": (weight + k, update) for k in range(copies)})
+    layer = equal.aggregate(row.rule()).adapter.layers[LAYER]
+    expected_A = (update if "A" in row.factors else fed.current.tensors())[f"{LAYER}.lora_A.weight"]
+    assert torch.equal(layer.A, expected_A.float())
+    expected_B = update[f"{LAYER}.lora_B.weight"].float()
+    if row.options.get("objective") == "cosine":  # a root of F is refined to 1e-12, not exact
+        torch.testing.assert_close(layer.B, expected_B, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(layer.B, expected_B)
+
+
+@rows
+@quick
+@given(fed=federations(), scaling=st.sampled_from([0.25, 1.0, 4.0]))
+def test_scaling_is_carried_and_does_not_bend_the_factors(
+    row: Row, fed: Federation, scaling: float
+) -> None:
+    """alpha / r is common to server and clients, so it cancels in every rule."""
+    plain = fed.with_scaling(1.0).aggregate(row.rule()).adapter.layers[LAYER]
+    scaled = fed.with_scaling(scaling).aggregate(row.rule()).adapter.layers[LAYER]
+    assert scaled.scaling == scaling
+    assert torch.equal(scaled.product(), scaling * plain.product())
+
+
+@rows
+@quick
+@given(fed=federations())
+def test_declared_capabilities_are_true(row: Row, fed: Federation) -> None:
+    rule = row.rule()
+    assert rule.capabilities.sum_only == isinstance(rule, SumOnlyRule)
+    assert rule.plan(1).train == frozenset(row.factors)
+    if rule.capabilities.exact:
+        clients = fed.clients(factors=row.factors)
+        A, B = numpy_of(fed.aggregate(rule).adapter.layers[LAYER])
+        size = max(np.abs(c.B).max() * np.abs(c.A).sum(0).max() for c in clients)
+        np.testing.assert_allclose(B @ A, dense.ideal(clients), atol=1e-7 * size)
+
+
+@rows
+def test_rules_are_cited_and_named_as_registered(row: Row) -> None:
+    rule = row.rule()
+    assert rule.name == row.name and rule.title and "arXiv" in rule.citation
+
+
+@quick
+@given(fed=federations(dtypes=(torch.float32, torch.float16, torch.bfloat16)))
+def test_extras_are_weighted_means(fed: Federation) -> None:
+    made = fed.aggregate("fedavg").adapter.extras["classifier.weight"]
+    total = sum(weight for weight, _ in fed.updates.values())
+    expected = sum(
+        weight / total * tensors["classifier.weight"].double()
+        for weight, tensors in fed.updates.values()
+    )
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), expected, rtol=1e-7, atol=1e-7)
+
+
+def two_clients() -> Federation:
+    """d = 2, r = 1, shares 1/4 and 3/4: A = (1, 0), B = (2, 0)^T and A = (0, 1), B = (0, 4)^T."""
+
+    def tensors(A: list[float], B: list[float]) -> Tensors:
+        return {
+            f"{LAYER}.lora_A.weight": torch.tensor([A]),
+            f"{LAYER}.lora_B.weight": torch.tensor(B)[:, None],
+        }
+
+    current = Adapter({LAYER: LoraLayer(torch.tensor([[8.0, 16.0]]), torch.zeros(2, 1), 2.0)})
+    first, second = tensors([1.0, 0.0], [2.0, 0.0]), tensors([0.0, 1.0], [0.0, 4.0])
+    return Federation(current, {"a": (10.0, first), "b": (30.0, second)})
+
+
+def test_fedavg_by_hand() -> None:
+    layer = two_clients().aggregate("fedavg").adapter.layers[LAYER]
+    assert layer.A.tolist() == [[0.25, 0.75]]
+    assert layer.B.tolist() == [[0.5], [3.0]]
+    # 2 * B A, with the cross terms that FedAvg is known for: the mean product is 2 * diag(.5, 3)
+    assert layer.product().tolist() == [[0.25, 0.75], [1.5, 4.5]]
+
+
+def test_ffa_lora_by_hand() -> None:
+    """A is the server's own, whatever a client sends; B is averaged."""
+    layer = two_clients().aggregate("ffa-lora").adapter.layers[LAYER]
+    assert layer.A.tolist() == [[8.0, 16.0]]
+    assert layer.B.tolist() == [[0.5], [3.0]]
+
+
+def test_ffa_lora_is_the_exact_mean_of_products() -> None:
+    """On integers float32 rounds nothing: equal to the last bit, and not within a tolerance."""
+    rng = np.random.default_rng(0)
+    fed = federation(rng, d_out=6, d_in=6, r=6, weights=[1.0, 2.0, 5.0])
+    updates = {
+        client: (weight, {name: (8 * tensor).round() for name, tensor in tensors.items()})
+        for client, (weight, tensors) in fed.updates.items()
+    }
+    A0 = (4 * fed.current.layers[LAYER].A).round()
+    fed = Federation(Adapter({LAYER: LoraLayer(A0, torch.zeros(6, 6))}), updates)
+    layer = fed.aggregate("ffa-lora").adapter.layers[LAYER]
+    products = sum(
+        weight / 8.0 * (tensors[f"{LAYER}.lora_B.weight"].double() @ A0.double())
+        for weight, tensors in updates.values()
+    )
+    assert torch.equal(layer.B.double() @ layer.A.double(), products)
+    assert torch.equal(layer.product().double(), products)
+
+
+def test_ffa_lora_plan() -> None:
+    plan = build_rule("ffa-lora").plan(3)
+    assert plan.train == plan.send == {"B"} and plan.derive_A
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_full(dtype: torch.dtype) -> None:
+    """2048 + 1 is 2048 in float16, and 256 + 1 is 256 in bfloat16: their sums must not be."""
+    big = 2048.0 if dtype == torch.float16 else 256.0
+    names = [f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"]
+    updates = {
+        client: (1.0, {name: torch.tensor([[value]], dtype=dtype) for name in names})
+        for client, value in [("0", big), ("1", 1.0)]
+    }
+    current = Adapter({LAYER: LoraLayer(torch.zeros(1, 1), torch.zeros(1, 1))})
+    layer = Federation(current, updates).aggregate("fedavg").adapter.layers[LAYER]
+    assert layer.A.item() == layer.B.item() == (big + 1.0) / 2.0
+
+
+def test_a_round_without_updates_is_refused() -> None:
+    fed = replace(two_clients(), updates={})
+    with pytest.raises(RunError, match="round 1 has no update"):
+        fed.aggregate("fedavg")
+
+
+def test_sum_only_rules_hold_one_update_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory must not grow with the number of clients: earlier updates are gone by the next."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    read = UpdateSpool.layer
+
+    def counted(self: UpdateSpool, *args: Any) -> LoraLayer:
+        nonlocal most
+        layer = read(self, *args)
+        alive.append(weakref.ref(layer.B))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return layer
+
+    monkeypatch.setattr(UpdateSpool, "layer", counted)
+    fed = federation(np.random.default_rng(1), d_out=5, d_in=4, r=2, weights=[1.0] * 30)
+    for name in ("fedavg", "ffa-lora", "lora-fair"):
+        fed.aggregate(name)
+    assert len(alive) == 30 * 4  # one phase each, and LoRA-FAIR's two
+    assert most <= 2  # the one being folded and the one just read
+
+
+class Counting(SumOnlyRule):
+    """A rule with state: B moves by half of what the mean moved, and rounds are counted."""
+
+    name = "counting"
+    title = "Counting"
+    citation = "none"
+    capabilities = Capabilities(sum_only=True)
+
+    def phases(self, round: int) -> tuple[Phase, ...]:
+        return (Phase("B", lambda update, context: {"B": update.B}, lambda mean, context: mean),)
+
+    def conclude(self, context: LayerContext) -> LayerResult:
+        rounds = context.state.get("rounds", torch.zeros(1)) + 1
+        half = (context.current.B + context.shared["B"]) / 2
+        factors = context.current.with_factors({"B": half})
+        return LayerResult(factors, {"rounds": rounds}, (f"round {context.round}",))
+
+
+def test_state_and_notes_are_kept_by_layer() -> None:
+    fed = federation(np.random.default_rng(2), d_out=3, d_in=4, r=2, weights=[1.0, 2.0], layers=3)
+    with fed.spooled() as spool:
+        first = aggregate(Counting(), spool, fed.current, {}, 1)
+        second = aggregate(Counting(), spool, first.adapter, first.state, 2)
+    names = list(fed.current.layers)
+    assert list(second.state) == [f"{name}::rounds" for name in names]
+    assert all(tensor.tolist() == [2.0] for tensor in second.state.values())
+    assert second.notes == tuple(f"{name}: round 2" for name in names)
+
+
+class Heaviest(PerClientRule):
+    """A rule that needs single updates: the heaviest client's, to see what the host hands over."""
+
+    name = "heaviest"
+    title = "Heaviest"
+    citation = "none"
+    capabilities = Capabilities(sum_only=False)
+
+    def combine(self, updates: list[WeightedLayer], context: LayerContext) -> LayerResult:
+        assert sum(update.share for update in updates) == pytest.approx(1.0, abs=1e-15)
+        assert all(update.factors.B.dtype == torch.float32 for update in updates)
+        return LayerResult(max(updates, key=lambda update: update.share).factors)
+
+
+@quick
+@given(fed=federations())
+def test_per_client_rules_see_every_client(fed: Federation) -> None:
+    layer = fed.aggregate(Heaviest()).adapter.layers[LAYER]
+    heaviest = max(fed.updates, key=lambda client: fed.updates[client][0])
+    assert torch.equal(layer.B, fed.updates[heaviest][1][f"{LAYER}.lora_B.weight"].float())
+
+
+def test_a_rule_of_neither_kind_is_a_bug() -> None:
+    class Neither(Rule):
+        name = title = citation = "neither"
+        capabilities = Capabilities(sum_only=False)
+
+    with pytest.raises(TypeError, match="Neither is neither"):
+        two_clients().aggregate(Neither())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "cosin"}, "strategy.objective"),
+        ({"lambda": -1.0}, "strategy.lambda"),
+        ({"lambda": "much"}, "strategy.lambda"),
+        ({"lamda": 0.1}, "strategy.lambda"),  # the nearest valid key
+    ],
+)
+def test_options_out_of_range_name_the_key(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_rule("lora-fair", options)
