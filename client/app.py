@@ -96,7 +96,7 @@ def _evaluate(message: Message, context: Context) -> Reply:
     task, model = _resident(config, request)
     examples = task.validation(index)
     adapter = Adapter.from_tensors(_start(model, request, config), config.adapter.scaling)
-    metrics = model.evaluate(task, adapter, examples, config.evaluate.batch_size)
+    metrics = model.evaluate(task, adapter, examples)
     return Reply(weight=float(len(examples)), metrics=metrics)
 
 

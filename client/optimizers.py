@@ -48,9 +48,7 @@ def restore_optimizer(
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(parameters):
         prefix = f"{name}{_SEPARATOR}"
-        entries = {
-            key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)
-        }
+        entries = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         if entries:
             state[index] = entries
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

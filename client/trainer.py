@@ -89,9 +89,7 @@ def train(
     """
     missing = [name for name in model.parameters if name not in start]
     if missing:
-        raise RunError(
-            f"the adapter to train from lacks {missing[0]!r} and {len(missing) - 1} more"
-        )
+        raise RunError(f"the adapter to train from lacks {', '.join(missing)}")
     if len(examples) == 0:
         raise RunError(f"client {work.client} has no training examples")
     model.use_threads()
@@ -206,9 +204,8 @@ def _add_proximal(parameter: nn.Parameter, anchor: Tensor, mu: float) -> None:
 def _assert_moved(parameters: Mapping[str, nn.Parameter], start: Tensors, work: Assignment) -> None:
     """Fail when the first step changed no factor: a model whose adapter is not connected."""
     for name, parameter in parameters.items():
-        if parse_factor(name) and not torch.equal(
-            parameter.detach().cpu(), start[name].to(parameter.dtype)
-        ):
+        before = start[name].to(parameter.dtype)
+        if parse_factor(name) and not torch.equal(parameter.detach().cpu(), before):
             return
     raise RunError(
         f"client {work.client}: no LoRA factor moved after the first step of round {work.round}",

@@ -58,6 +58,7 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
+        """The rank r."""
         return int(self.A.shape[0])
 
     def product(self) -> Tensor:
@@ -129,9 +130,8 @@ class Adapter:
                     f"the factors of layer {name!r} do not multiply: "
                     f"B has shape {tuple(b.shape)}, A has shape {tuple(a.shape)}"
                 )
-            layers[name] = LoraLayer(
-                a, b, scaling[name] if isinstance(scaling, Mapping) else scaling
-            )
+            own = scaling[name] if isinstance(scaling, Mapping) else scaling
+            layers[name] = LoraLayer(a, b, own)
         return cls(layers, extras)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:

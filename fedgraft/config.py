@@ -42,6 +42,8 @@ class Group(BaseModel):
 
 
 class TaskConfig(Group):
+    """`[task]`: what is trained on what."""
+
     name: str = "digits"
     data: str | None = None  # a file, a folder or a Hub dataset's id; digits brings its own
     text_field: str = "text"
@@ -52,6 +54,8 @@ class TaskConfig(Group):
 
 
 class ModelConfig(Group):
+    """`[model]`: the frozen base, and where it runs."""
+
     base: str | None = None  # a Hub id or a local folder; digits brings its own
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -59,6 +63,8 @@ class ModelConfig(Group):
 
 
 class AdapterConfig(Group):
+    """`[adapter]`: what is trained and travels."""
+
     type: Literal["lora", "rslora"] = "lora"
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
@@ -73,6 +79,8 @@ class AdapterConfig(Group):
 
 
 class FederationConfig(Group):
+    """`[federation]`: who takes part, for how long, and who holds which data."""
+
     clients: Positive = 6
     fraction: Fraction = 1.0  # of the clients, sampled each round
     min_clients: Positive = 1  # fewer valid updates than this end the run
@@ -84,6 +92,8 @@ class FederationConfig(Group):
 
 
 class TrainConfig(Group):
+    """`[train]`: what a client does in a round."""
+
     steps: Positive | None = None  # optimizer steps a round; 5 when neither it nor epochs is set
     epochs: Annotated[float, Field(gt=0.0)] | None = None  # passes over the client's data a round
     batch_size: Positive = 25
@@ -119,23 +129,30 @@ class StrategyConfig(Group):
 
     @property
     def options(self) -> dict[str, Any]:
+        """The keys of `[strategy]` beside the name."""
         return dict(self.model_extra or {})
 
 
 class EvaluateConfig(Group):
+    """`[evaluate]`: when the validation split is looked at, and when it ends the run."""
+
     every: Positive = 1  # rounds
     fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # cut off where no file is given
     clients: bool = True  # every client reports the global adapter's metric on its own validation
-    batch_size: Positive = 256
+    batch_size: Positive | None = None  # examples a forward pass; the task's own when unset
     patience: Positive | None = None  # evaluations without a better one before stopping early
 
 
 class CheckpointConfig(Group):
+    """`[checkpoint]`: what a resume can continue from."""
+
     every: Positive = 1  # rounds
     keep: Positive = 2
 
 
 class TrackConfig(Group):
+    """`[track]`: where else the numbers go."""
+
     tensorboard: bool = False
 
 
@@ -176,9 +193,11 @@ class Config(Group):
         return self.model_dump(by_alias=True, exclude_none=True, mode="json")
 
     def to_toml(self) -> str:
+        """Return what `load` reads back."""
         return tomli_w.dumps(self.to_dict())
 
     def to_json(self) -> str:
+        """Return the config as it travels: JSON with sorted keys."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @classmethod
@@ -213,9 +232,7 @@ class Config(Group):
         text = run_config.get(RUN_CONFIG_KEY)
         if text:
             return cls.from_dict(json.loads(str(text)))
-        scalars = {
-            k: v for k, v in run_config.items() if k.split(".")[0] not in ("fedgraft", "out")
-        }
+        scalars = {key: v for key, v in run_config.items() if not key.startswith("fedgraft.")}
         return cls.from_dict(scalars, source="[tool.flwr.app.config]")
 
 

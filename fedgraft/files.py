@@ -84,7 +84,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, Any] | None = None) -> None:
     """Write named tensors, and a little JSON in the same file's header, atomically."""
-    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    # Cloned: safetensors refuses tensors that share memory, as a frozen factor and its copy do.
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt"}
     if notes is not None:
         metadata[METADATA_KEY] = json.dumps(notes, sort_keys=True, allow_nan=False)

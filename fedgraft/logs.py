@@ -81,4 +81,4 @@ def _hide_bars() -> None:
     """Switch off the bars of libraries that are loaded already and so read no variables."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -73,6 +73,7 @@ class TrainRequest:
         )
 
     def tensors(self) -> Tensors:
+        """Return the arrays decoded."""
         return from_arrays(self.arrays)
 
 

@@ -52,7 +52,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"model.device is {name!r}, which this machine cannot use: {str(error).splitlines()[0]}",
+            f"model.device {name!r} cannot be used here: {str(error).splitlines()[0]}",
             'Set model.device to "auto" or "cpu".',
         ) from error
     return device
@@ -98,6 +98,12 @@ class ResidentModel:
             if parameter.requires_grad
         }
         self.parameters = {name: named[name] for name in sorted(named, key=natural_order)}
+        # Kept, since the next run in this process must not start from the last one's head.
+        self._base_extras = {
+            name: parameter.detach().float().cpu().clone()
+            for name, parameter in self.parameters.items()
+            if parse_factor(name) is None
+        }
 
     def use_threads(self) -> None:
         """Give torch this model's thread count; sums depend on it to the last bit."""
@@ -110,11 +116,7 @@ class ResidentModel:
         A is uniform within 1 / sqrt(d_in), PEFT's Kaiming default, drawn by a portable generator
         so that every machine holds the same bits.
         """
-        tensors = {
-            name: parameter.detach().float().cpu().clone()
-            for name, parameter in self.parameters.items()
-            if parse_factor(name) is None
-        }
+        tensors = {name: tensor.clone() for name, tensor in self._base_extras.items()}
         derived = self.derived_A(seed)
         for name, parameter in self.parameters.items():
             parsed = parse_factor(name)
@@ -145,7 +147,7 @@ class ResidentModel:
                 raise ModelError(
                     f"the adapter's tensor {name!r} has shape {tuple(tensor.shape)}; "
                     f"this model's is {found}",
-                    "Use the same base, adapter.rank and adapter.targets as the adapter was made with.",
+                    "Use the base, adapter.rank and adapter.targets it was made with.",
                 )
             parameter.copy_(tensor)
 
@@ -160,10 +162,9 @@ class ResidentModel:
         """Return what `read` does as an adapter."""
         return Adapter.from_tensors(self.read(), self.scaling)
 
-    def evaluate(
-        self, task: Task, adapter: Adapter, examples: Examples, batch_size: int
-    ) -> dict[str, float]:
+    def evaluate(self, task: Task, adapter: Adapter, examples: Examples) -> dict[str, float]:
         """Load an adapter and return the task's metrics on the examples."""
+        batch_size = task.config.evaluate.batch_size or task.evaluation_batch
         self.use_threads()
         self.load(adapter.tensors())
         self.model.eval()
@@ -185,7 +186,7 @@ class ResidentModel:
 
     def peft_config(self) -> dict[str, Any]:
         """Return PEFT's config of the adapter, as plain values (sets included)."""
-        config: dict[str, Any] = self.model.peft_config["default"].to_dict()  # type: ignore[union-attr, index, operator]
+        config: dict[str, Any] = self.model.peft_config["default"].to_dict()  # type: ignore[union-attr, index]
         return config
 
     def frozen_digest(self) -> str:
@@ -249,7 +250,7 @@ def _attach(base: nn.Module, task: Task, config: Config) -> nn.Module:
     targets = config.adapter.targets or task.default_targets
     peft_config = LoraConfig(
         r=config.adapter.rank,
-        lora_alpha=config.adapter.alpha,
+        lora_alpha=config.adapter.alpha,  # type: ignore[arg-type] # PEFT only divides by it
         lora_dropout=config.adapter.dropout,
         use_rslora=config.adapter.type == "rslora",
         target_modules=targets,
@@ -257,15 +258,13 @@ def _attach(base: nn.Module, task: Task, config: Config) -> nn.Module:
         task_type=task.peft_task_type,
     )
     try:
-        model: nn.Module = get_peft_model(base, peft_config)  # type: ignore[arg-type]
+        model: nn.Module = get_peft_model(base, peft_config)
     except ValueError as error:
         if "arget module" not in str(error):
             raise
-        linear = sorted(
-            {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
-        )
+        linear = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
         raise ModelError(
             f"adapter.targets is {targets!r}, and no module of the base matches it",
-            f'Linear modules here: {", ".join(linear)}; or use "all-linear".',
+            f'Linear modules here: {", ".join(sorted(linear))}; or use "all-linear".',
         ) from error
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -111,17 +112,19 @@ def clients(results: Results) -> Plot | None:
     names = [_name(found, client) for client in shown]
     thick = 0.19
     step = thick * len(labels) + 0.15
-    keys: list[tuple[Artist, str]] = [
-        (Patch(**bar(results.labels.index(label))), clip(label, 40)) for label in labels
-    ]
-    keys.append((Line2D([], [], color=INK, ls="", marker="|", ms=9, mew=1.6), "untouched start"))
     with plain_style():
+        keys: list[tuple[Artist, str]] = [
+            (Patch(**bar(results.labels.index(label))), clip(label, 40)) for label in labels
+        ]
+        keys.append(
+            (Line2D([], [], color=INK, ls="", marker="|", ms=9, mew=1.6), "untouched start")
+        )
         sheet = Sheet(
             title,
             keys,
             height=step * len(shown) + 0.1,
             right=0.62,
-            left=0.25 + 0.078 * max(map(len, names)),
+            left=0.25 + 0.076 * max(len(line) for name in names for line in name.splitlines()),
         )
         axes = sheet.axes()
         for place, label in enumerate(labels):
@@ -203,15 +206,15 @@ def _worst_first(found: dict[str, dict[str, ClientResult]], direction: str) -> l
 
 
 def _name(found: dict[str, dict[str, ClientResult]], client: str) -> str:
+    """Return what a client's bars are called, on one line or two."""
     result = next(by_client[client] for by_client in found.values() if client in by_client)
-    name = f"client {client}" if client.isdecimal() else client
     if not result.description:
-        return clip(name, 26)
-    return f"{clip(result.description, 24)} ({clip(client, 12)})"
+        return clip(f"client {client}" if client.isdecimal() else client, 26)
+    words = textwrap.fill(clip(result.description, 80), 24, max_lines=2, placeholder="…")
+    return f"{words} ({clip(client, 12)})"
 
 
 def _worst_in_words(label: str, by_client: dict[str, ClientResult], results: Results) -> str:
     worst = _worst_first({label: by_client}, results.direction)[0]
-    return (
-        f"{label}: {_name({label: by_client}, worst)} {results.unit.value(by_client[worst].mean)}"
-    )
+    name = _name({label: by_client}, worst).replace("\n", " ")
+    return f"{label}: {name} {results.unit.value(by_client[worst].mean)}"

@@ -110,21 +110,9 @@ def aggregation_bias(results: Results) -> Plot | None:
     drawn = [label for label in known if label not in exact]
     if not drawn:
         return None
-    keys: list[tuple[Artist, str]] = [
-        (key, clip(f"{label} (exact: none)" if label in exact else label, 40))
-        for label, (key, _) in zip(results.labels, _keys(results), strict=True)
-        if label in known
-    ]
-    keys += [
-        (
-            Line2D([], [], color=QUIET, linestyle=":", linewidth=1.6),
-            "before: plain means",
-        ),
-        (Line2D([], [], color=QUIET, linewidth=1.6), "after the rule"),
-    ]
     title = "Aggregation bias by round"
     with plain_style():
-        sheet = Sheet(title, keys, height=2.75, left=0.74)
+        sheet = Sheet(title, _bias_keys(results, known, exact), height=2.75, left=0.74)
         axes = sheet.axes()
         for label in drawn:
             index = results.labels.index(label)
@@ -160,6 +148,19 @@ def aggregation_bias(results: Results) -> Plot | None:
 
 def _keys(results: Results) -> list[tuple[Artist, str]]:
     return [(key_of(i), clip(label, 40)) for i, label in enumerate(results.labels)]
+
+
+def _bias_keys(results: Results, known: list[str], exact: list[str]) -> list[tuple[Artist, str]]:
+    keys: list[tuple[Artist, str]] = [
+        (key, f"{text} (exact: none)" if label in exact else text)
+        for label, (key, text) in zip(results.labels, _keys(results), strict=True)
+        if label in known
+    ]
+    return [
+        *keys,
+        (Line2D([], [], color=QUIET, linestyle=":", linewidth=1.6), "before: plain means"),
+        (Line2D([], [], color=QUIET, linewidth=1.6), "after the rule"),
+    ]
 
 
 def _draw_curves(axes: Axes, curves: dict[str, Curve], unit: Unit) -> None:

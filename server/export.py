@@ -54,7 +54,8 @@ def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[
 | task | {summary["task"]} |
 | strategy | {summary["strategy"]} |
 | clients | {summary["clients"]} |
-| rounds | {summary["rounds"]} (this adapter: round {summary["best_round"]}, the best on validation) |
+| rounds | {summary["rounds"]} |
+| this adapter | round {summary["best_round"]}, the best on validation |
 | rank, alpha | {config.adapter.rank}, {config.adapter.alpha:g} ({config.adapter.type}) |
 | seed | {summary["seed"]} |
 | test {metric}, untouched base | {summary["initial"]:.4f} |
@@ -125,7 +126,7 @@ def export_merged(directory: RunDirectory, to: Path) -> None:
 
     _check_target(directory, to)
     base = load_task(directory.config()).load_base()
-    merged: Any = PeftModel.from_pretrained(base, str(directory.adapter)).merge_and_unload()  # type: ignore[arg-type]
+    merged: Any = PeftModel.from_pretrained(base, str(directory.adapter)).merge_and_unload()
     if not hasattr(merged, "save_pretrained"):
         raise ModelError(f"a {type(merged).__name__} cannot be saved as a model folder")
     merged.save_pretrained(to)

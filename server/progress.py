@@ -61,5 +61,4 @@ class ProgressReader:
 
 def failure(event: dict[str, Any]) -> FedGraftError:
     """Return the error that a `failed` event of another process tells of."""
-    error = RunError(str(event.get("message", "the run failed")), str(event.get("remedy", "")))
-    return error
+    return RunError(str(event.get("message", "the run failed")), str(event.get("remedy", "")))

@@ -136,13 +136,15 @@ def read_results(directories: Sequence[Path]) -> Results:
 
 
 def _compare_command(plan: dict[str, Any]) -> str:
-    """Return the command that a comparison's plan stands for."""
-    words = ["fedgraft", "compare", "config.toml"]
-    words += ["--strategies", ",".join(plan["strategies"])]
-    words += ["--seeds", ",".join(str(seed) for seed in plan["seeds"])]
+    """Return the command that a comparison's plan stands for, one option a line."""
+    options = {
+        "--strategies": ",".join(plan["strategies"]),
+        "--seeds": ",".join(str(seed) for seed in plan["seeds"]),
+    }
+    lines = [f"{name} {shlex.quote(value)}" for name, value in options.items()]
     for key, values in plan.get("grid", {}).items():
-        words += ["--grid", f"{key}={','.join(str(value) for value in values)}"]
-    return " ".join(shlex.quote(word) for word in [*words, "--out", "again"])
+        lines.append(f"--grid {shlex.quote(f'{key}=' + ','.join(str(v) for v in values))}")
+    return " \\\n  ".join(["fedgraft compare config.toml", *lines, "--out again"])
 
 
 def _listed_runs(listing: dict[str, Any], file: Path) -> list[tuple[str, str]]:

@@ -216,8 +216,7 @@ class FederatedRun(RoundHooks):
 
     def _evaluate(self, adapter: Adapter, *, test: bool = False) -> dict[str, float]:
         examples = self.task.test() if test else self.validation
-        size = self.config.evaluate.batch_size
-        return self.model.evaluate(self.task, adapter, examples, size)
+        return self.model.evaluate(self.task, adapter, examples)
 
     # The end
 

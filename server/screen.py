@@ -60,7 +60,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def _make_bars(self) -> Progress:
         return Progress(

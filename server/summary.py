@@ -98,7 +98,8 @@ def summarise(
 
 
 def _seconds(records: Iterable[Mapping[str, Any]], phase: str) -> float:
-    return round(sum(record["seconds"].get(phase, 0.0) for record in records), 3)
+    total: float = sum(record["seconds"].get(phase, 0.0) for record in records)
+    return round(total, 3)
 
 
 def _client_values(records: Iterable[Mapping[str, Any]], name: str) -> Iterable[float]:

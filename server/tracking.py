@@ -95,11 +95,11 @@ class TensorBoard:
                 "track.tensorboard is on, but TensorBoard is not installed",
                 "Install it with: pip install 'fedgraft[tensorboard]'.",
             ) from None
-        self._writer: SummaryWriter = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: SummaryWriter = SummaryWriter(str(folder))
 
     def close(self) -> None:
         """Write what is pending."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add one round's numbers."""
@@ -116,4 +116,4 @@ class TensorBoard:
             scalars[f"aggregation_bias/{name}"] = value
         for name, value in scalars.items():
             if value is not None:
-                self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, step)

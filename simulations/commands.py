@@ -21,7 +21,7 @@ from server.table import results_table
 from server.verdict import verdict
 from simulations import compare as comparison
 from simulations import simulate as simulation
-from simulations.engine import Engine
+from simulations.engine import Engine, run_engine
 from simulations.references import NAMES
 
 ConfigFile = Annotated[
@@ -76,7 +76,7 @@ def simulate(
     label = f"{strategy_label(config)}, seed {config.seed}"
     with _interruptible(f"fedgraft simulate --resume {directory.path}"):
         with Screen({label: directory}):
-            simulation.run_engine(config, directory, chosen)
+            run_engine(config, directory, chosen)
         simulation.draw(directory.path)
     _show_run(directory, as_json)
 

@@ -119,7 +119,7 @@ class Job:
     """One run, or one reference row.
 
     Attributes:
-        label: what tables and the screen call it.
+        label: what tables call it: the strategy with its grid values, or the reference row.
         config: with its seed.
         path: a run's directory, or a reference row's file.
         reference: the row's name; "" for a run.
@@ -129,6 +129,11 @@ class Job:
     config: Config
     path: Path
     reference: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the screen calls it."""
+        return f"{self.label}, seed {self.config.seed}"
 
 
 def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dict[str, Any]:
@@ -185,12 +190,12 @@ def _jobs(plan: Plan, path: Path) -> list[Job]:
         for seed in plan.seeds:
             config = checked.with_overrides({"seed": seed})
             folder = path / "runs" / f"{_slug(label)}-seed{seed}"
-            jobs.append(Job(f"{label}, seed {seed}", config, folder))
+            jobs.append(Job(label, config, folder))
     first = jobs[0].config
     for name, seed in itertools.product(plan.references, plan.seeds):
         file = path / "references" / f"{name}-seed{seed}.json"
         config = first.with_overrides({"seed": seed})
-        jobs.append(Job(f"{name}, seed {seed}", config, file, name))
+        jobs.append(Job(name, config, file, name))
     return jobs
 
 
@@ -201,7 +206,7 @@ def _slug(label: str) -> str:
 def _run_all(jobs: Sequence[Job], workers: int) -> dict[Path, dict[str, Any]]:
     """Run the jobs in worker processes and return each one's result by its path."""
     results: dict[Path, dict[str, Any]] = {}
-    screen = Screen({job.label: RunDirectory(job.path) for job in jobs if not job.reference})
+    screen = Screen({job.title: RunDirectory(job.path) for job in jobs if not job.reference})
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
     waiting: dict[Future[dict[str, Any]], Job] = {}
@@ -214,7 +219,7 @@ def _run_all(jobs: Sequence[Job], workers: int) -> dict[Path, dict[str, Any]]:
                     job = waiting.pop(future)
                     results[job.path] = future.result()
                     if job.reference:
-                        screen.say(f"[green]done[/green] {job.label}")
+                        screen.say(f"[green]done[/green] {job.title}")
         except BrokenProcessPool as error:
             raise RunError(
                 "a worker process died; most likely memory ran out",

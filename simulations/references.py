@@ -8,7 +8,6 @@ step, its optimizer kept: the same optimizer steps and examples as the federatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -40,7 +39,7 @@ def reference(name: str, config: Config) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "seed": config.seed, "metric": task.metric}
     start = model.initial_adapter(config.seed)
     if name == "base":
-        return row | {"final": _test(model, task, start, config)}
+        return row | {"final": _test(model, task, start)}
     if name == "centralised":
         sampled = sample_size(config.federation.fraction, config.federation.clients)
         settings = config.train.model_copy(update={"batch_size": config.train.batch_size * sampled})
@@ -75,7 +74,7 @@ def _long(
             client=client,
         ),
     )
-    return _test(model, task, Adapter.from_tensors(trained.tensors, model.scaling), config)
+    return _test(model, task, Adapter.from_tensors(trained.tensors, model.scaling))
 
 
 def _steps_a_round(task: Task, config: Config) -> int:
@@ -84,8 +83,5 @@ def _steps_a_round(task: Task, config: Config) -> int:
     return round(fmean(config.train.steps_for(len(task.train(client))) for client in clients))
 
 
-def _test(model: ResidentModel, task: Task, adapter: Adapter, config: Config) -> float:
-    metrics: Mapping[str, float] = model.evaluate(
-        task, adapter, task.test(), config.evaluate.batch_size
-    )
-    return metrics[task.metric]
+def _test(model: ResidentModel, task: Task, adapter: Adapter) -> float:
+    return model.evaluate(task, adapter, task.test())[task.metric]

@@ -21,7 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    MetricRecordValues,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -431,7 +438,7 @@ class AdapterStrategy(Strategy):
         return self._arrays
 
     def _state_for(self, round: int, arrays: ArrayRecord) -> StrategyState:
-        """Return the state that these arrays are of; foreign ones (Flower's own loop) replace it."""
+        """Return the state that these arrays are of; Flower's own loop brings its own arrays."""
         if self._state is None or arrays is not self._arrays:
             tensors: Tensors = from_arrays(arrays)
             rule = self._state.rule if self._state is not None else {}
@@ -472,7 +479,7 @@ def _mean_metrics(reports: Mapping[str, ClientReport]) -> MetricRecord | None:
     if not reports or total <= 0:
         return None
     names = set.intersection(*(set(report.metrics) for report in reports.values()))
-    means = {
+    means: dict[str, MetricRecordValues] = {
         name: sum(r.examples * r.metrics[name] for r in reports.values()) / total
         for name in sorted(names)
     }

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 NEW_WEIGHT_SD = 0.02
 """Standard deviation of new weights: BERT's (Devlin et al. 2019), and transformers' own default."""
 
+_WANTED = (
+    "A base holds config.json, model.safetensors and a tokenizer, as save_pretrained writes them."
+)
 _Loaded = TypeVar("_Loaded")
 
 
@@ -92,7 +95,7 @@ def load_config(config: Config) -> PreTrainedConfig:
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the base; raises as `load_model` does."""
+    """Load the tokenizer of the base; raises as `load_model` does, and where there is none."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = _load(
@@ -101,6 +104,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             source, revision=revision or "main", trust_remote_code=False
         ),
     )
+    # Where its files are missing transformers makes up a tokenizer that knows no word.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(f"model.base {config.model.base!r} brings no tokenizer", _WANTED)
     return tokenizer
 
 
@@ -184,15 +190,19 @@ def _load(config: Config, load: Callable[[str, str | None], _Loaded]) -> _Loaded
             raise
         why, remedy = reason(error)
         kind = "cannot" if folder else "is no local folder, and as a Hub id it cannot"
-        raise ModelError(f"model.base {base!r} {kind} be loaded: {why}", remedy) from error
+        raise ModelError(
+            f"model.base {base!r} {kind} be loaded: {why}", remedy or _WANTED
+        ) from error
 
 
 def _check_folder(base: str, folder: Path) -> None:
     """Refuse what transformers would answer with a page of text."""
     if not folder.is_dir():
-        state = "is a file, not a folder" if folder.exists() else "is not there"
+        state = (
+            "which is a file, not a folder" if folder.exists() else "and that folder is not there"
+        )
         raise ModelError(
-            f"model.base is {base!r}, and that folder {state}",
+            f"model.base is {base!r}, {state}",
             "Check the path, or name a Hub id such as owner/name.",
         )
     path = folder / "config.json"
@@ -201,7 +211,7 @@ def _check_folder(base: str, folder: Path) -> None:
     except FileNotFoundError:
         raise ModelError(
             f"model.base is {base!r}, and that folder holds no config.json",
-            "Name a folder that save_pretrained wrote: config.json, model.safetensors, tokenizer.",
+            _WANTED,
         ) from None
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}", "Download the base again.") from None

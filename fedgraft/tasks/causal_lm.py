@@ -83,7 +83,7 @@ class Template:
         if not fields or not all(fields) or not plain:
             raise ConfigError(
                 f"task.template {source!r} has no plain placeholders",
-                "Name columns in braces, like 'Question: {question}\\\nAnswer: {answer}'.",
+                "Name columns in braces, like 'Question: {question}\\nAnswer: {answer}'.",
             )
         return cls(source, tuple(name for name in fields if name is not None))
 
@@ -111,7 +111,7 @@ def default_template(columns: list[str], text_field: str) -> Template:
             return template
     raise DataError(
         f"no default template fits the columns {', '.join(columns)}",
-        "Set task.template, like 'Question: {question}\\\nAnswer: {answer}'.",
+        "Set task.template, like 'Question: {question}\\nAnswer: {answer}'.",
     )
 
 
@@ -125,6 +125,7 @@ class CausalLM(RowsTask):
     name: ClassVar[str] = "causal-lm"
     metric: ClassVar[str] = "loss"
     direction: ClassVar[Literal["max", "min"]] = "min"
+    evaluation_batch = 16  # the logits of a large vocabulary are what fills the memory
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
 
     def __init__(self, config: Config) -> None:

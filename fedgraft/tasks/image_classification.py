@@ -110,7 +110,7 @@ class ImageClassification(Classification):
             )
         size = self.base_config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        resized = image.resize((height, width), Image.Resampling.BILINEAR)
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
         values = torch.from_numpy(np.array(resized, dtype=np.float32)).reshape(height, width, -1)
         return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
 

@@ -42,6 +42,7 @@ class TensorExamples:
         return len(next(iter(self.tensors.values())))
 
     def batch(self, indices: np.ndarray) -> Batch:
+        """Pick the examples at these indices."""
         picked = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
         return {name: tensor[picked] for name, tensor in self.tensors.items()}
 
@@ -56,6 +57,7 @@ class Task(ABC):
         peft_task_type: PEFT's TaskType for the adapter's config; None for none.
         default_targets: module names that LoRA attaches to unless `adapter.targets` says others.
         extras: modules that are trained whole beside the factors (PEFT's modules_to_save).
+        evaluation_batch: examples a forward pass of an evaluation unless the config says other.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,7 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None] = None
     default_targets: list[str] | Literal["all-linear"] = "all-linear"
     extras: tuple[str, ...] = ()
+    evaluation_batch: int = 256
 
     def __init__(self, config: Config) -> None:
         self.config = config

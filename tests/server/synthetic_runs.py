@@ -52,7 +52,7 @@ def write_run(
     end = FINALS.get(strategy, 0.75) + 0.018 * math.sin(2.1 * seed) + 0.006 * random.normal()
     start = 0.405 + 0.03 * math.cos(seed)
     up = clients * (31_000 if strategy == "ffa-lora" else 55_000)
-    records = []
+    records: list[dict[str, Any]] = []
     for r in range(rounds + 1):
         reached = start + (end - start) * (1 - math.exp(-r / 7)) / (1 - math.exp(-rounds / 7))
         reached += 0.006 * random.normal() if 0 < r < rounds else 0.0
@@ -100,7 +100,7 @@ def write_run(
             }
         )
     best = rounds if rounds % every == 0 else rounds - rounds % every
-    content = {
+    content: dict[str, Any] = {
         "strategy": strategy,
         "label": strategy,
         "task": "digits" if metric == "accuracy" else "causal-lm",
@@ -169,7 +169,13 @@ def write_comparison(
             {"name": "base", "seed": seed, "metric": metric, "final": base},
             {"name": "alone", "seed": seed, "metric": metric}
             | {"final": _metrics(metric, 0.62 + 0.01 * seed)[metric]}
-            | dict(zip(("low", "high"), sorted(_metrics(metric, a)[metric] for a in (0.51, 0.68)))),
+            | dict(
+                zip(
+                    ("low", "high"),
+                    sorted(_metrics(metric, a)[metric] for a in (0.51, 0.68)),
+                    strict=True,
+                )
+            ),
             {"name": "centralised", "seed": seed, "metric": metric}
             | {"final": _metrics(metric, 0.79 + 0.005 * seed)[metric]},
         ]

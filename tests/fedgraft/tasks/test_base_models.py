@@ -144,6 +144,12 @@ def test_folders_that_hold_no_base(bert: Path, tmp_path: Path) -> None:
     (short / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "cannot be loaded" in message(short)
 
+    mute = edit(bert, tmp_path / "mute")
+    for path in mute.glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="brings no tokenizer"):
+        load_tokenizer(config(mute))
+
     coded = edit(
         bert,
         tmp_path / "coded",

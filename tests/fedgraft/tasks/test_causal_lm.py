@@ -89,8 +89,9 @@ def test_default_templates(columns: str, fields: tuple[str, ...]) -> None:
 
 
 def test_no_default_template() -> None:
-    with pytest.raises(DataError, match="no default template fits the columns a, b"):
+    with pytest.raises(DataError, match="no default template fits the columns a, b") as caught:
         default_template(["a", "b"], "text")
+    assert "\n" not in caught.value.remedy
 
 
 def test_the_response_is_exactly_what_counts(llama: Path, sums: Path) -> None:

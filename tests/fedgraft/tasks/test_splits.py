@@ -27,7 +27,7 @@ def test_cut_shares_every_row_out_once() -> None:
     }
     everything = np.concatenate([rows for _, rows in parts.values()])
     assert sorted(everything) == list(range(100))
-    assert not np.array_equal(parts["test"][1], np.arange(90, 100))  # drawn, not the tail
+    assert np.ptp(parts["test"][1]) > 20  # drawn from everywhere, not ten rows in a row
 
 
 def test_given_splits_stay_whole() -> None:

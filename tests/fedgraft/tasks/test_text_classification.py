@@ -14,6 +14,7 @@ from torch import nn
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError
+from fedgraft.resident_model import ResidentModel
 from fedgraft.tasks.rows import Subset
 from fedgraft.tasks.sequences import Sequences
 from fedgraft.tasks.text_classification import TextClassification
@@ -146,6 +147,10 @@ def test_dealing_by_a_column(bert: Path, tmp_path: Path) -> None:
     assert {task.describe(k) for k in range(2)} == {
         f"{count} examples of {name}" for name, count in whole.items()
     }
+    validation = task.split("validation").table
+    for k in range(2):
+        alike = validation.select(task.validation(k).rows)["who"]
+        assert task.describe(k).endswith(f"of {alike[0]}") and len(set(alike)) == 1
     with pytest.raises(DataError, match=r"no column 'whom'; it has text, label, who"):
         make(bert, path, federation=natural | {"partition-column": "whom"}).train(0)
 
@@ -182,6 +187,18 @@ def test_a_decoder_without_a_padding_token(tmp_path: Path, reviews: Path) -> Non
     alone = sum(task.loss(model, examples.batch(np.array([k]))).item() for k in range(8))
     # Llama classifies by the last token that is no padding: finding another one would show
     assert together.item() == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("save", [save_bert, save_llama])
+def test_an_adapter_that_changes_nothing(tmp_path: Path, reviews: Path, save: Any) -> None:
+    task = make(save(tmp_path / "base"), reviews)
+    resident = ResidentModel(task, task.config)
+    adapter = resident.initial_adapter(0)
+    assert {name.split(".")[-2] for name in adapter.extras} == set(task.extras)
+    measured = resident.evaluate(task, adapter, task.train(), 16)
+    with torch.no_grad():
+        expected = task.measure(task.load_base(), resident.batches(task.train(), 16))
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_sst2(bert: Path) -> None:
