@@ -17,7 +17,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from flwr.app import (
     Message,
     MessageType,
     MetricRecord,
-    MetricRecordValues,
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -37,16 +36,15 @@ from fedgraft.adapter import (
     Tensors,
     digest,
     from_arrays,
-    natural_order,
     payload_bytes,
     to_arrays,
 )
-from fedgraft.errors import RunError, UpdateError
-from fedgraft.messages import Reply, TrainRequest
+from fedgraft.messages import TrainRequest
 from fedgraft.seeds import stream
 from strategies.aggregation import aggregate
 from strategies.diagnostics import aggregation_bias
 from strategies.registry import build_rule
+from strategies.replies import Training, evaluation, in_order, mean_metrics
 from strategies.roster import Roster, exchange
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
 from strategies.rule import Plan, Rule
@@ -56,16 +54,6 @@ from strategies.validation import Expected, norm
 log = logging.getLogger(__name__)
 ABSURD = 100.0
 """An update of more than so many times the global adapter's norm (at least 1) is refused."""
-
-
-@dataclass
-class _Collected:
-    """The replies of one round of training, as they were sorted while they arrived."""
-
-    reports: dict[str, ClientReport] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    bytes_up: int = 0
 
 
 class AdapterStrategy(Strategy):
@@ -172,14 +160,16 @@ class AdapterStrategy(Strategy):
             state, validation=self._validate(grid, state.round, evaluate_config, deadline, result)
         )
         self.hooks.on_start(before, self.roster.descriptions)
-        for round in range(state.round + 1, num_rounds + 1):
-            outcome = self._round(
-                grid, round, num_rounds, train_config, evaluate_config, deadline, result
-            )
-            self._evaluate_centrally(evaluate_fn, round, result)
-            if self.hooks.on_round(outcome):
-                break
-        self._close()
+        try:
+            for round in range(state.round + 1, num_rounds + 1):
+                outcome = self._round(
+                    grid, round, num_rounds, train_config, evaluate_config, deadline, result
+                )
+                self._evaluate_centrally(evaluate_fn, round, result)
+                if self.hooks.on_round(outcome):
+                    break
+        finally:
+            self._close()
         return result
 
     def _round(
@@ -224,8 +214,7 @@ class AdapterStrategy(Strategy):
         )
         self.hooks.on_sampled(server_round, sampled)
         content = request.encode(config)
-        for name in sampled:
-            yield Message(content, self.roster.node_of(name), MessageType.TRAIN)
+        return [Message(content, self.roster.node_of(n), MessageType.TRAIN) for n in sampled]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -237,10 +226,10 @@ class AdapterStrategy(Strategy):
         """
         assert self._state is not None
         spool = self._open_spool()
-        collected = self._collect(server_round, replies, spool)
+        training = self._collect(server_round, replies, spool)
         assert self._outcome is not None
         trained = time.perf_counter()
-        self._require(server_round, collected)
+        training.require(server_round, self.min_clients)
         current = self._state.adapter
         made = aggregate(self.rule, spool, current, self._state.rule, server_round)
         for note in made.notes:
@@ -251,15 +240,15 @@ class AdapterStrategy(Strategy):
         self._outcome = replace(
             self._outcome,
             state=self._state,
-            reports=collected.reports,
-            failed=collected.failed,
-            refused=collected.refused,
-            bytes_up=collected.bytes_up,
+            reports=in_order(training.reports),
+            failed=in_order(training.failed),
+            refused=in_order(training.refused),
+            bytes_up=training.bytes_up,
             bias=bias,
             notes=made.notes,
             seconds=self._outcome.seconds | {"aggregate": time.perf_counter() - trained},
         )
-        return self._current_arrays(), _mean_metrics(collected.reports)
+        return self._current_arrays(), mean_metrics(training.reports)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -269,14 +258,14 @@ class AdapterStrategy(Strategy):
         self.roster.refresh(grid)
         plan = replace(self.rule.plan(server_round), train=frozenset())
         content = self._request(server_round, plan, state.adapter).encode(config)
-        for name in self.roster.names():
-            yield Message(content, self.roster.node_of(name), MessageType.EVALUATE)
+        names = self.roster.names()
+        return [Message(content, self.roster.node_of(n), MessageType.EVALUATE) for n in names]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the clients' metrics, weighted by their examples."""
-        return _mean_metrics(self._reports(server_round, replies))
+        return mean_metrics(self._reports(server_round, replies))
 
     # Steps of a round
 
@@ -310,69 +299,22 @@ class AdapterStrategy(Strategy):
         seconds = {"train": time.perf_counter() - began}
         self._outcome = replace(self._outcome, seconds=seconds)
 
-    def _collect(self, round: int, replies: Iterable[Message], spool: UpdateSpool) -> _Collected:
+    def _collect(self, round: int, replies: Iterable[Message], spool: UpdateSpool) -> Training:
         assert self._state is not None
+        assert self._outcome is not None
         adapter = self._state.adapter
-        expected = Expected(
-            adapter.tensors(self.rule.plan(round).train),
-            max_norm=ABSURD * max(1.0, norm(adapter.tensors())),
-        )
-        collected = _Collected()
+        limit = ABSURD * max(1.0, norm(adapter.tensors()))
+        expected = Expected(adapter.tensors(self.rule.plan(round).train), max_norm=limit)
+        training = Training(expected, spool)
         for message in replies:
             client = self.roster.name_of(message.metadata.src_node_id)
-            trouble = self._take(client, message, expected, spool, collected)
+            trouble = training.take(client, message)
             if trouble:
                 log.warning("Round %d, client %s: %s", round, client, trouble)
             self.hooks.on_reply(round, client, trouble)
-        assert self._outcome is not None
-        answered = collected.reports.keys() | collected.failed.keys() | collected.refused.keys()
-        for client in self._outcome.sampled:
-            if client not in answered:
-                collected.failed[client] = "no reply within the deadline"
-                self.hooks.on_reply(round, client, collected.failed[client])
-        return collected
-
-    def _take(
-        self,
-        client: str,
-        message: Message,
-        expected: Expected,
-        spool: UpdateSpool,
-        collected: _Collected,
-    ) -> str:
-        """Sort one reply; return what is wrong with it, or "" when its update was spooled."""
-        if message.has_error():
-            collected.failed[client] = _reason(message)
-            return collected.failed[client]
-        try:
-            reply = Reply.decode(message.content)
-            if reply.refusal:
-                collected.failed[client] = reply.refusal
-                return reply.refusal
-            if reply.arrays is None:
-                raise UpdateError("the reply has no arrays")
-            collected.bytes_up += payload_bytes(reply.arrays)
-            tensors = from_arrays(reply.arrays)
-            expected.check(tensors, reply.weight)
-            spool.add(client, reply.weight, tensors)
-        except UpdateError as error:
-            collected.refused[client] = error.message
-            return error.message
-        collected.reports[client] = ClientReport(reply.weight, reply.metrics)
-        return ""
-
-    def _require(self, round: int, collected: _Collected) -> None:
-        if len(collected.reports) >= self.min_clients:
-            return
-        reasons = "; ".join(
-            f"client {client}: {reason}"
-            for client, reason in sorted((collected.failed | collected.refused).items())
-        )
-        raise RunError(
-            f"round {round}: {len(collected.reports)} usable updates, fewer than the "
-            f"{self.min_clients} that federation.min-clients asks for ({reasons})",
-            "Mend those clients, or lower federation.min-clients; then continue with --resume.",
-        )
+        for client in training.missing(self._outcome.sampled):
+            self.hooks.on_reply(round, client, training.failed[client])
+        return training
 
     def _validate(
         self,
@@ -387,7 +329,7 @@ class AdapterStrategy(Strategy):
         arrays = self._current_arrays()
         messages = self.configure_evaluate(round, arrays, config or ConfigRecord(), grid)
         reports = self._reports(round, exchange(grid, messages, deadline))
-        metrics = _mean_metrics(reports)
+        metrics = mean_metrics(reports)
         if metrics is not None:
             result.evaluate_metrics_clientapp[round] = metrics
         return reports
@@ -396,18 +338,12 @@ class AdapterStrategy(Strategy):
         reports: dict[str, ClientReport] = {}
         for message in replies:
             client = self.roster.name_of(message.metadata.src_node_id)
-            trouble = _reason(message) if message.has_error() else ""
-            if not trouble:
-                try:
-                    reply = Reply.decode(message.content)
-                    trouble = reply.refusal
-                    if not trouble:
-                        reports[client] = ClientReport(reply.weight, reply.metrics)
-                except UpdateError as error:
-                    trouble = error.message
-            if trouble:
+            report, trouble = evaluation(message)
+            if report is None:
                 log.warning("Round %d, evaluation on client %s: %s", round, client, trouble)
-        return {name: reports[name] for name in sorted(reports, key=natural_order)}
+            else:
+                reports[client] = report
+        return in_order(reports)
 
     def _evaluate_centrally(
         self,
@@ -466,21 +402,3 @@ class AdapterStrategy(Strategy):
 def sample_size(fraction: float, clients: int) -> int:
     """Return how many of the clients a round samples: at least one, halves rounded up."""
     return max(1, int(fraction * clients + 0.5))
-
-
-def _reason(message: Message) -> str:
-    lines = (message.error.reason or f"error {message.error.code}").strip().splitlines()
-    return lines[-1] if lines else f"error {message.error.code}"
-
-
-def _mean_metrics(reports: Mapping[str, ClientReport]) -> MetricRecord | None:
-    """Average the clients' metrics, weighted by examples; None when there are none."""
-    total = sum(report.examples for report in reports.values())
-    if not reports or total <= 0:
-        return None
-    names = set.intersection(*(set(report.metrics) for report in reports.values()))
-    means: dict[str, MetricRecordValues] = {
-        name: sum(r.examples * r.metrics[name] for r in reports.values()) / total
-        for name in sorted(names)
-    }
-    return MetricRecord(means)

@@ -40,7 +40,7 @@ class Expected:
             UpdateError: names the first tensor that is missing, extra, of a wrong shape or dtype,
                 or not finite; or says that the weight or the norm is out of bounds.
         """
-        _check_weight(weight)
+        check_weight(weight)
         for name in self.tensors:
             if name not in tensors:
                 raise UpdateError(f"tensor {name!r} is missing")
@@ -66,7 +66,12 @@ class Expected:
             )
 
 
-def _check_weight(weight: float) -> None:
+def check_weight(weight: float) -> None:
+    """Check a self-reported number of examples.
+
+    Raises:
+        UpdateError: it is not a positive number, or more than `MAX_WEIGHT`.
+    """
     if not math.isfinite(weight) or weight <= 0:
         raise UpdateError(f"its weight (num-examples) is {weight:g}, not a positive number")
     if weight > MAX_WEIGHT:

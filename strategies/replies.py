@@ -1,0 +1,129 @@
+"""Sort a round's replies while they arrive: used, refused or failed, each with its reason.
+
+A reply is checked and spooled on arrival and then let go, so memory does not grow with clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from flwr.app import Message, MetricRecord, MetricRecordValues
+
+from fedgraft.adapter import from_arrays, natural_order, payload_bytes
+from fedgraft.errors import RunError, UpdateError
+from fedgraft.messages import Reply
+from strategies.rounds import ClientReport
+from strategies.spool import UpdateSpool
+from strategies.validation import Expected, check_weight
+
+_Value = TypeVar("_Value")
+
+
+@dataclass
+class Training:
+    """The replies of one round of training.
+
+    Attributes:
+        expected: what a valid update looks like.
+        spool: where valid updates go.
+        reports: of the clients whose update was spooled.
+        failed: clients that gave no update, with the reason.
+        refused: clients whose update was not valid, with the reason.
+        bytes_up: payload of all arrays that arrived.
+    """
+
+    expected: Expected
+    spool: UpdateSpool
+    reports: dict[str, ClientReport] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
+
+    def take(self, client: str, message: Message) -> str:
+        """Sort one reply; return what is wrong with it, or "" when its update was spooled."""
+        trouble = _failure(message)
+        if trouble:
+            self.failed[client] = trouble
+            return trouble
+        try:
+            reply = Reply.decode(message.content)
+            if reply.refusal:
+                self.failed[client] = reply.refusal
+                return reply.refusal
+            if reply.arrays is None:
+                raise UpdateError("the reply has no arrays")
+            self.bytes_up += payload_bytes(reply.arrays)
+            tensors = from_arrays(reply.arrays)
+            self.expected.check(tensors, reply.weight)
+            self.spool.add(client, reply.weight, tensors)
+        except UpdateError as error:
+            self.refused[client] = error.message
+            return error.message
+        self.reports[client] = ClientReport(reply.weight, reply.metrics)
+        return ""
+
+    def missing(self, sampled: list[str]) -> list[str]:
+        """Count sampled clients that never answered as failed, and return them."""
+        answered = self.reports.keys() | self.failed.keys() | self.refused.keys()
+        silent = [client for client in sampled if client not in answered]
+        self.failed |= dict.fromkeys(silent, "no reply within the deadline")
+        return silent
+
+    def require(self, round: int, least: int) -> None:
+        """Check that enough updates are usable.
+
+        Raises:
+            RunError: they are not; every client's reason is told.
+        """
+        if len(self.reports) >= least:
+            return
+        troubles = in_order(self.failed | self.refused)
+        reasons = "; ".join(f"client {client}: {reason}" for client, reason in troubles.items())
+        raise RunError(
+            f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
+            f"federation.min-clients asks for ({reasons})",
+            "Mend those clients, or lower federation.min-clients.",
+        )
+
+
+def evaluation(message: Message) -> tuple[ClientReport | None, str]:
+    """Read a reply to an evaluation: the client's report, or why there is none."""
+    trouble = _failure(message)
+    if trouble:
+        return None, trouble
+    try:
+        reply = Reply.decode(message.content)
+        if reply.refusal:
+            return None, reply.refusal
+        check_weight(reply.weight)
+    except UpdateError as error:
+        return None, error.message
+    return ClientReport(reply.weight, reply.metrics), ""
+
+
+def mean_metrics(reports: Mapping[str, ClientReport]) -> MetricRecord | None:
+    """Average the metrics that all clients report, weighted by examples; None without clients."""
+    if not reports:
+        return None
+    total = sum(report.examples for report in reports.values())
+    names = set.intersection(*(set(report.metrics) for report in reports.values()))
+    means: dict[str, MetricRecordValues] = {
+        name: sum(r.examples * r.metrics[name] for r in reports.values()) / total
+        for name in sorted(names)
+    }
+    return MetricRecord(means)
+
+
+def in_order(named: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Return what clients sent in the natural order of their names, not that of arrival."""
+    return {name: named[name] for name in sorted(named, key=natural_order)}
+
+
+def _failure(message: Message) -> str:
+    """Return why a node sent an error instead of a reply; the last line of a traceback."""
+    if not message.has_error():
+        return ""
+    lines = (message.error.reason or "").strip().splitlines()
+    return lines[-1] if lines else f"Flower's error {message.error.code}"
