@@ -23,6 +23,8 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 RUN_CONFIG_KEY = "fedgraft.config"
 """The one key under which a resolved config travels as JSON in Flower's run config."""
+RECORDED = ("run", "versions")
+"""Tables of a run directory's config.toml that are a record of the run and not its config."""
 
 
 def _kebab(name: str) -> str:
@@ -216,12 +218,16 @@ class Config(Group):
     def load(cls, path: Path | None = None, settings: Iterable[str] = ()) -> Config:
         """Read a TOML file (or the defaults) and apply `key=value` settings on top.
 
+        The file may be a run's own config.toml: what it records beside the config is passed over.
+
         Raises:
             ConfigError: the file is missing or no TOML, or `from_dict` refuses what it holds.
         """
         tree: dict[str, Any] = {}
         if path is not None:
             tree = read_toml(path)
+            for table in RECORDED:
+                tree.pop(table, None)
         for key, value in parse_settings(settings).items():
             _set(tree, key, value)
         return cls.from_dict(tree, source=str(path) if path else "")

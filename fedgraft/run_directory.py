@@ -20,7 +20,7 @@ from typing import Any
 
 import tomli_w
 
-from fedgraft.config import Config
+from fedgraft.config import RECORDED, Config
 from fedgraft.errors import ConfigError, RunError
 from fedgraft.files import disk_errors, write_json, write_text
 
@@ -115,7 +115,7 @@ class RunDirectory:
         """Return the resolved config that the run was started with."""
         tree = self._config_tree()
         return Config.from_dict(
-            {key: value for key, value in tree.items() if key not in ("run", "versions")},
+            {key: value for key, value in tree.items() if key not in RECORDED},
             source=str(self.config_file),
         )
 

@@ -89,7 +89,7 @@ class RowsTask(Task):
         return self.split("test").examples
 
     def describe(self, client: int) -> str:
-        """Say how many examples a client has, and of which labels, domain or owner mostly."""
+        """Say of which domain, owner or labels a client's examples are; "" where of all alike."""
         rows = self._dealt[self._check(client)]
         how = partition.kind(self.config, self.domain_column)
         column = {
@@ -99,12 +99,11 @@ class RowsTask(Task):
             "shards": self.label_column,
         }.get(how)
         if column is None:
-            return f"{len(rows)} examples"
+            return ""
         counts = Counter(self.split("train").table.select(rows)[column]).most_common(3)
         if len(counts) == 1:
-            return f"{len(rows)} examples of {counts[0][0]}"
-        shares = ", ".join(f"{count / len(rows):.0%} {value}" for value, count in counts)
-        return f"{len(rows)} examples: {shares}"
+            return str(counts[0][0])
+        return ", ".join(f"{count / len(rows):.0%} {value}" for value, count in counts)
 
     def split(self, name: str) -> Encoded:
         """Return one of "train", "validation" and "test", encoded."""

@@ -139,10 +139,10 @@ def test_domains_are_dealt_by_default(vit: Path, tmp_path: Path) -> None:
         fill(tmp_path / domain)
     task = make(vit, tmp_path)
     assert task.classes == ("blue", "red")
-    assert sorted(task.describe(k).split()[-1] for k in range(2)) == ["photo", "sketch"]
+    assert sorted(task.describe(k) for k in range(2)) == ["photo", "sketch"]
     assert sum(len(task.train(k)) for k in range(2)) == len(task.train()) == 48
     mixed = make(vit, tmp_path, partition="iid")
-    assert mixed.describe(0) == "24 examples"
+    assert mixed.describe(0) == ""
 
 
 def test_layouts_that_do_not_work(vit: Path, tmp_path: Path) -> None:
