@@ -193,7 +193,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path, reviews: Path, save: An
     resident = ResidentModel(task, task.config)
     adapter = resident.initial_adapter(0)
     assert {name.split(".")[-2] for name in adapter.extras} == set(task.extras)
-    measured = resident.evaluate(task, adapter, task.train(), 16)
+    measured = resident.evaluate(task, adapter, task.train())
     with torch.no_grad():
         expected = task.measure(task.load_base(), resident.batches(task.train(), 16))
     assert {name: measured[name] for name in expected} == pytest.approx(expected, abs=1e-6)
