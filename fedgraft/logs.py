@@ -46,6 +46,7 @@ def quiet(path: Path) -> Iterator[None]:
     for logger in loggers:
         logger.handlers, logger.propagate = [], True
     root.handlers = [handler]
+    raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk must stay quiet
     root.setLevel(logging.INFO)
     _hide_bars()
     try:
@@ -54,6 +55,7 @@ def quiet(path: Path) -> Iterator[None]:
             yield
     finally:
         logging.captureWarnings(False)
+        logging.raiseExceptions = raises
         root.handlers = root_handlers
         root.setLevel(root_level)
         for logger, handlers, propagate in saved:
