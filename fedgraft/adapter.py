@@ -19,19 +19,26 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from fedgraft import npy
 from fedgraft.errors import UpdateError
 
 Tensors = dict[str, Tensor]
 """Named tensors, the common currency of messages, spools and checkpoints."""
 
 PREFIX = "base_model.model."
+_NUMPY = "numpy.ndarray"
+"""What Flower calls the serialisation of numpy.save, the one that its own strategies read."""
 _FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight$")
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which `layer.2` comes before `layer.10`, the same on every machine."""
+    """Sort key under which `layer.2` comes before `layer.10`, the same on every machine.
+
+    Different names have different keys: "1" and "01" are told apart by the name itself.
+    """
     parts = re.split(r"(\d+)", name)
-    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+    numbered = ((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+    return (*numbered, (-1, 0, name))
 
 
 def factor_name(layer: str, factor: str) -> str:
@@ -169,7 +176,11 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Encode named tensors as a Flower ArrayRecord that Flower's own strategies can read too."""
-    return ArrayRecord({name: Array(_numpy(tensor)) for name, tensor in tensors.items()})
+    return ArrayRecord({name: _array(_numpy(tensor)) for name, tensor in tensors.items()})
+
+
+def _array(values: np.ndarray) -> Array:
+    return Array(dtype=values.dtype.name, shape=values.shape, stype=_NUMPY, data=npy.dump(values))
 
 
 def from_arrays(arrays: ArrayRecord) -> Tensors:
@@ -181,12 +192,13 @@ def from_arrays(arrays: ArrayRecord) -> Tensors:
     tensors: Tensors = {}
     for name, array in arrays.items():
         try:
-            values = array.numpy()
-        except (TypeError, ValueError, EOFError, OSError) as error:
+            if array.stype != _NUMPY:
+                raise TypeError(f"it is serialised as {array.stype!r}, not {_NUMPY!r}")
+            values = npy.load(array.data)
+            native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
+            tensors[name] = torch.from_numpy(native)
+        except Exception as error:  # on hostile bytes numpy and torch raise nearly every kind
             raise UpdateError(f"tensor {name!r} cannot be read: {error}") from error
-        if not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
-            raise UpdateError(f"tensor {name!r} holds {values.dtype}, not numbers")
-        tensors[name] = torch.from_numpy(np.array(values))
     return tensors
 
 

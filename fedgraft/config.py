@@ -11,6 +11,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ class Group(BaseModel):
         populate_by_name=True,
         extra="forbid",
         frozen=True,
+        strict=True,
         allow_inf_nan=False,
     )
 
@@ -140,6 +142,7 @@ class EvaluateConfig(Group):
 
     every: Positive = 1  # rounds
     fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # cut off where no file is given
+    samples: Positive | None = None  # of validation, and of test, at most; all when unset
     clients: bool = True  # every client reports the global adapter's metric on its own validation
     batch_size: Positive | None = None  # examples a forward pass; the task's own when unset
     patience: Positive | None = None  # evaluations without a better one before stopping early
@@ -237,9 +240,15 @@ class Config(Group):
         """Read the config that travelled in Flower's run config: JSON, or scalar dotted keys."""
         text = run_config.get(RUN_CONFIG_KEY)
         if text:
-            return cls.from_dict(json.loads(str(text)))
+            return _from_json(str(text))
         scalars = {key: v for key, v in run_config.items() if not key.startswith("fedgraft.")}
         return cls.from_dict(scalars, source="[tool.flwr.app.config]")
+
+
+@lru_cache(maxsize=8)
+def _from_json(text: str) -> Config:
+    """Parse a config once and not with every message that it travels with."""
+    return Config.from_dict(json.loads(text))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -281,9 +290,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """Read one value as TOML; what is no TOML is text, so names need no quotes."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text  # of several lines, each like a key
 
 
 def known_keys() -> list[str]:
@@ -309,7 +319,10 @@ def config_error(
     first = error.errors()[0]
     key = prefix + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
     where = f" in {source}" if source else ""
+    found = first.get("input")
     if first["type"] == "extra_forbidden":
+        while isinstance(found, Mapping) and found:  # an unknown group: its first key says more
+            key, found = f"{key}.{next(iter(found))}", next(iter(found.values()))
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         leaves = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
         guess = leaves[:1] or nearest
@@ -320,7 +333,12 @@ def config_error(
         return ConfigError(f"the config{where} contradicts itself: {reason}", "")
     if first["type"] == "value_error":
         return ConfigError(f"{reason}{where}")
-    found = first.get("input")
+    if first["type"] == "model_type":
+        keys = [k for k in known if k.startswith(f"{key}.")]
+        return ConfigError(
+            f"config key {key}{where} is {found!r}, but it is a group of keys",
+            f"Set one of {', '.join(keys)}.",
+        )
     return ConfigError(
         f"config key {key}{where} is {found!r}: {reason[0].lower()}{reason[1:]}",
         f"Set {key} to a valid value, in the file or with --set {key}=...",
@@ -349,10 +367,8 @@ def _unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping) and isinstance(nested.get(key), dict):
             for inner, leaf in value.items():
                 _set(nested, f"{key}.{inner}", leaf)
-        elif isinstance(value, Mapping):
-            nested[key] = dict(value)
         else:
-            _set(nested, key, value)
+            _set(nested, key, dict(value) if isinstance(value, Mapping) else value)
     return nested
 
 

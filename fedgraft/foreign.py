@@ -7,6 +7,7 @@ does no harm. A library user's own script does put its folder first.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -22,8 +23,8 @@ def import_ours(module: str) -> ModuleType:
         FedGraftError: a module of the same name hides the folder; the message names its file.
     """
     floor = module.split(".")[0]
-    package = importlib.import_module(floor)
-    found = package.__file__ or next(iter(package.__path__), "")
+    spec = importlib.util.find_spec(floor)  # found and not imported: a script would run again
+    found = (spec.origin or next(iter(spec.submodule_search_locations or []), "")) if spec else ""
     if Path(found).resolve() != _HOME / floor / "__init__.py":
         raise FedGraftError(
             f"FedGraft's package {floor!r} is hidden by {found}",

@@ -39,6 +39,7 @@ def quiet(path: Path) -> Iterator[None]:
     with disk_errors(path):
         handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(_FORMAT))
+    _hide_bars()  # first, since transformers gives its logger a handler when it is loaded
     loggers = [logging.getLogger(name) for name in _CHATTY]
     saved = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     root = logging.getLogger()
@@ -48,7 +49,6 @@ def quiet(path: Path) -> Iterator[None]:
     root.handlers = [handler]
     raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk must stay quiet
     root.setLevel(logging.INFO)
-    _hide_bars()
     try:
         with warnings.catch_warnings():
             logging.captureWarnings(True)

@@ -7,7 +7,6 @@ ClientApp and FedGraft's ClientApp with anybody's strategy.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -16,6 +15,9 @@ from fedgraft.adapter import Tensors, from_arrays
 from fedgraft.errors import UpdateError
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+_LARGEST_METRIC = 1e15
+"""A metric beyond it is nonsense, and sums of them could overflow."""
+_LONGEST_NAME = 100
 WEIGHT = "num-examples"
 HELLO = "query.hello"
 
@@ -105,7 +107,7 @@ class Reply:
 
     @classmethod
     def decode(cls, content: RecordDict) -> Reply:
-        """Read a reply. Its numbers are untrusted: metrics that are not finite are left out.
+        """Read a reply. Its numbers are untrusted: absurd metrics, NaN and Inf are left out.
 
         Raises:
             UpdateError: the reply has no metrics, or its weight is missing or not a number.
@@ -123,7 +125,9 @@ class Reply:
         numbers = {
             name: float(value)
             for name, value in metrics.items()
-            if name != WEIGHT and isinstance(value, int | float) and math.isfinite(value)
+            if name != WEIGHT
+            and isinstance(value, int | float)
+            and abs(value) <= _LARGEST_METRIC  # which NaN is not
         }
         arrays = _arrays(content) if content.array_records else None
         return cls(arrays=arrays, weight=float(weight), metrics=numbers)
@@ -152,12 +156,14 @@ class Hello:
         """Read an answer.
 
         Raises:
-            UpdateError: it has no name.
+            UpdateError: it has no name, or one that no screen could show.
         """
         config = _config(content)
         name = str(config.get("name", ""))
         if not name:
             raise UpdateError("the node answered without a client name")
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise UpdateError(f"the node calls itself {name[:_LONGEST_NAME]!r}")
         return cls(name, str(config.get("description", "")))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedgraft.adapter import Adapter, Tensors, digest, natural_order, parse_factor
 from fedgraft.config import Config
@@ -90,7 +91,7 @@ class ResidentModel:
         base = task.load_base().to(self.device)
         self.base_hash = hash_base(base)
         self.threads = config.threads or default_threads(sum(p.numel() for p in base.parameters()))
-        self.model = _attach(base, task, config)
+        self.model = _attach(base, task, config).eval()
         self.scaling = config.adapter.scaling
         named = {
             _adapter_name(name): parameter
@@ -109,6 +110,19 @@ class ResidentModel:
         """Give torch this model's thread count; sums depend on it to the last bit."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
+
+    def train_mode(self) -> None:
+        """Switch dropout on, and leave batch normalisation as the base has it.
+
+        Its running statistics are no part of the adapter: a client that changed them would leave
+        something of its data behind for the next one.
+        """
+        if self.model.training:
+            return
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
     def initial_adapter(self, seed: int) -> Adapter:
         """Return the adapter that changes nothing: A from the seed, B zero, extras the base's own.
@@ -190,9 +204,9 @@ class ResidentModel:
         return config
 
     def frozen_digest(self) -> str:
-        """Return a hash of every weight that must not change."""
+        """Return a hash of every weight and buffer that must not change."""
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
-        return digest(frozen)
+        return digest(frozen | dict(self.model.named_buffers()))
 
 
 _resident: dict[str, ResidentModel] = {}

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import platform
-import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from fedgraft.config import RECORDED, Config
+from fedgraft.config import RECORDED, Config, read_toml
 from fedgraft.errors import ConfigError, RunError
 from fedgraft.files import disk_errors, write_json, write_text
 
@@ -108,8 +107,13 @@ class RunDirectory:
         write_text(self.config_file, tomli_w.dumps(tree))
 
     def _config_tree(self) -> dict[str, Any]:
-        with self.config_file.open("rb") as file:
-            return tomllib.load(file)
+        tree = read_toml(self.config_file)
+        if not isinstance(tree.get("run"), dict) or "lineage" not in tree["run"]:
+            raise ConfigError(
+                f"{self.config_file} is a config, but not one of a run: it names no lineage",
+                f"Start a run of it: fedgraft simulate {self.config_file} --out DIR.",
+            )
+        return tree
 
     def config(self) -> Config:
         """Return the resolved config that the run was started with."""

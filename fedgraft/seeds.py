@@ -23,7 +23,7 @@ def _digest(seed: int, purpose: str, round: int, client: str) -> bytes:
 
 def stream(seed: int, purpose: str, *, round: int = 0, client: str = "") -> np.random.Generator:
     """Return the random stream of one purpose, independent of every other one's."""
-    key = np.frombuffer(_digest(seed, purpose, round, client)[:16], dtype=np.uint64)
+    key = np.frombuffer(_digest(seed, purpose, round, client)[:16], dtype="<u8")
     return np.random.Generator(np.random.Philox(key=key))
 
 
@@ -35,7 +35,17 @@ def torch_seed(seed: int, purpose: str, *, round: int = 0, client: str = "") -> 
 @contextmanager
 def forked_torch(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators inside the block and put their state back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        if device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.adapter import Adapter, Tensors
-from fedgraft.errors import RunError
+from fedgraft.errors import RunError, UpdateError
 from fedgraft.files import read_tensors, write_tensors
 from strategies.rounds import StrategyState
 
@@ -117,6 +117,13 @@ def _under(prefix: str, tensors: Tensors) -> Tensors:
 
 def _read(path: Path) -> Checkpoint:
     tensors, notes = read_tensors(path)
+    try:
+        return _decoded(tensors, notes)
+    except (KeyError, TypeError, ValueError, UpdateError) as error:
+        raise RunError(f"{path} is no checkpoint of this version: {error}") from error
+
+
+def _decoded(tensors: Tensors, notes: Mapping[str, Any]) -> Checkpoint:
     scalings = notes["scalings"]
     adapter = Adapter.from_tensors(_under(_ADAPTER, tensors), scalings)
     best: Adapter | None = adapter

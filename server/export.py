@@ -82,7 +82,7 @@ def read_adapter(folder: Path, model: ResidentModel) -> Adapter:
             f"adapter.from is {str(folder)!r}, which has no {WEIGHTS}",
             "Name a folder that PEFT or FedGraft wrote.",
         )
-    settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
+    settings = _read_settings(folder / SETTINGS)
     own = (settings.get("lora_alpha", 0), settings.get("r", 1), bool(settings.get("use_rslora")))
     ours = model.peft_config()
     if settings and own != (ours["lora_alpha"], ours["r"], bool(ours["use_rslora"])):
@@ -102,6 +102,17 @@ def read_adapter(folder: Path, model: ResidentModel) -> Adapter:
                 f"(see {folder / SETTINGS}).",
             )
     return Adapter.from_tensors({n: t.float() for n, t in tensors.items()}, model.scaling)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read adapter_config.json; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        settings: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}", "Copy the adapter again.") from None
+    return settings
 
 
 def export_adapter(directory: RunDirectory, to: Path) -> None:

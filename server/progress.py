@@ -7,6 +7,7 @@ whether the run is in this process, in a worker of a comparison or in one of Flo
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ class ProgressWriter:
             return
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk kept back is given up."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class ProgressReader:

@@ -8,6 +8,7 @@ twice, for the untouched start and for the chosen adapter.
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -21,7 +22,7 @@ from flwr.serverapp import Grid
 
 from fedgraft.adapter import Adapter, natural_order, to_arrays
 from fedgraft.config import Config
-from fedgraft.errors import RunError
+from fedgraft.errors import ModelError, RunError
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.schedule import learning_rate
@@ -160,6 +161,11 @@ class FederatedRun(RoundHooks):
         if self.books is not None:
             return
         initial = self._evaluate(outcome.state.adapter, test=True)[self.task.metric]
+        if not math.isfinite(initial):
+            raise ModelError(
+                f"the untouched base has a test {self.task.metric} of {initial}",
+                "Set model.dtype to float32, or choose another base.",
+            )
         self.books = Bookkeeping(initial=initial, descriptions=_ordered(descriptions))
         self._record(outcome)
         self._save(outcome)

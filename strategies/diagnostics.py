@@ -141,14 +141,12 @@ def _by_gram(updates: Sequence[WeightedLayer], result: LoraLayer) -> _Squares:
     products_rule = products.clone()
     products_rule[n : n + r] = 0.0
     products_rule[:, n : n + r] = 0.0
-    onto_mean = gram_right[:n, n : n + r]  # (A_k - Abar) Abar^T, so that R Abar^T = left @ this
+    onto_mean = left[:, :n] @ gram_right[:n, n : n + r]  # R Abar^T
     return _Squares(
         ideal=float(products[: n + r, : n + r].sum()),
         averaging=float(products[:n, :n].sum()),
         rule=float(products_rule.sum()),
-        repairable=_within(
-            onto_mean.T @ gram_left[:n, :n] @ onto_mean, gram_right[n : n + r, n : n + r]
-        ),
+        repairable=_within_rows(onto_mean, A_mean),
     )
 
 
@@ -176,7 +174,7 @@ def _by_projection(
         ideal=float(ideal.square().sum()),
         averaging=float(seen.square().sum()),
         rule=float(left_over.square().sum()),
-        repairable=_within(onto_mean.T @ onto_mean, A_mean.double() @ A_mean.double().T),
+        repairable=_within_rows(onto_mean, A_mean.double()),
     )
 
 
@@ -203,7 +201,11 @@ def _projection(width: int) -> Tensor:
     return torch.from_numpy(orthonormal * math.sqrt(width / columns)).float()
 
 
-def _within(square: Tensor, gram: Tensor) -> float:
-    """Return ||R P||^2 = tr((R Abar^T)^T (R Abar^T) G^+) from its square (r, r) and G (r, r)."""
-    inverse = torch.linalg.pinv(gram, hermitian=True)
-    return float((square * inverse).sum())
+def _within_rows(residual: Tensor, A: Tensor) -> float:
+    """Return ||R P||^2 for P on the row space of A (r, d_in), from R A^T (d_out, r).
+
+    With G = A A^T = V diag(e) V^T it is the sum of the squared columns of R A^T V over e.
+    """
+    e, V = torch.linalg.eigh(A @ A.T)
+    kept = e > len(e) * torch.finfo(e.dtype).eps * e.max().clamp(min=0.0)
+    return float(((residual @ V).square().sum(0)[kept] / e[kept]).sum())

@@ -59,8 +59,8 @@ class LoRAFairOptions(RuleOptions):
 def ridge_correction(residual: Tensor, A: Tensor, lambda_rel: float) -> Tensor:
     """Return X = residual (G + lambda I)^-1 with lambda = lambda_rel * trace(G) / r, in float64.
 
-    Directions in which G + lambda I vanishes (Abar = 0, or lambda = 0 and Abar of deficient rank)
-    cannot change the product X Abar; X gets nothing there.
+    Directions in which G + lambda I vanishes (Abar = 0; or no lambda to speak of and Abar of
+    deficient rank) cannot change the product X Abar: X gets nothing there.
 
     Args:
         residual: (DW - Bbar Abar) Abar^T, of shape (d_out, r).
@@ -70,8 +70,8 @@ def ridge_correction(residual: Tensor, A: Tensor, lambda_rel: float) -> Tensor:
     A = A.double()
     eigenvalues, basis = torch.linalg.eigh(A @ A.T)
     shifted = eigenvalues.clamp(min=0.0) + lambda_rel * eigenvalues.mean()
-    # eigh leaves errors of about r * eps * max where an eigenvalue is zero
-    smallest = len(shifted) * torch.finfo(torch.float64).eps * shifted.max()
+    # the residual comes from float32 contributions: below this share it would divide their rounding
+    smallest = torch.finfo(torch.float32).eps * shifted.max()
     inverse = torch.where(shifted > smallest, 1.0 / shifted, 0.0)
     correction: Tensor = ((residual.double() @ basis) * inverse) @ basis.T
     return correction

@@ -83,7 +83,7 @@ class Training:
         reasons = "; ".join(f"client {client}: {reason}" for client, reason in troubles.items())
         raise RunError(
             f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
-            f"federation.min-clients asks for ({reasons})",
+            f"federation.min-clients asks for ({reasons or 'no client was there to ask'})",
             "Mend those clients, or lower federation.min-clients.",
         )
 

@@ -6,8 +6,10 @@ else, so a run is the same whatever ids Flower draws.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -16,6 +18,7 @@ from fedgraft.adapter import natural_order
 from fedgraft.errors import RunError, UpdateError
 from fedgraft.messages import CONFIG, HELLO, Hello
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 HELLO_SECONDS = 120.0
 
@@ -28,7 +31,9 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
         messages: one a node.
         deadline: seconds without any reply after which the missing ones are given up.
     """
-    waiting = set(grid.push_messages(messages))
+    # A list, since Flower's own grid goes through the messages twice; and it returns None as the
+    # id of a message that it could not take.
+    waiting = {message_id for message_id in grid.push_messages(list(messages)) if message_id}
     heard = time.monotonic()
     while waiting:
         arrived = False
@@ -49,6 +54,7 @@ class Roster:
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
         self.descriptions: dict[str, str] = {}
+        self.claimed: set[str] = set()  # names that more than one node gives
 
     def names(self) -> list[str]:
         """Return the known clients in natural order."""
@@ -65,43 +71,46 @@ class Roster:
     def refresh(self, grid: Grid) -> None:
         """Ask new nodes for their names and forget nodes that are gone.
 
-        A node that does not know the question (anybody's own ClientApp) is called by its id.
-
-        Raises:
-            RunError: two nodes give the same name.
+        A node that does not know the question (anybody's own ClientApp) is called by its id. One
+        that gives a name which another node bears is left out and asked again the next time: a
+        client that was restarted may be there under its new id before the old one is missed.
         """
-        present = list(grid.get_node_ids())
-        self._names = {node: name for node, name in self._names.items() if node in set(present)}
-        new = [node for node in present if node not in self._names]
+        self.claimed.clear()
+        present = set(grid.get_node_ids())
+        self._names = {node: name for node, name in self._names.items() if node in present}
+        new = sorted(present - self._names.keys())
         if not new:
             return
         ask = RecordDict({CONFIG: ConfigRecord()})
-        for reply in exchange(grid, (Message(ask, node, HELLO) for node in new), HELLO_SECONDS):
+        messages = [Message(ask, node, HELLO) for node in new]
+        replies = list(exchange(grid, messages, HELLO_SECONDS))
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             node = reply.metadata.src_node_id
-            name = str(node)
+            hello = Hello(str(node))  # who is no client of ours is called by its id
             if not reply.has_error():
-                try:
+                with suppress(UpdateError):
                     hello = Hello.decode(reply.content)
-                    name = hello.name
-                    self.descriptions[name] = hello.description
-                except UpdateError:
-                    pass  # no client of ours: its id serves as its name
-            if name in self._names.values():
-                raise RunError(
-                    f"two nodes call themselves {name!r}",
-                    "Give every client its own name (partition-id, in a simulation).",
-                )
-            self._names[node] = name
+            if hello.name in self._names.values():
+                log.warning("Node %d left out: another one is called %r too", node, hello.name)
+                self.claimed.add(hello.name)
+                continue
+            self._names[node] = hello.name
+            self.descriptions[hello.name] = hello.description
 
     def wait(self, grid: Grid, wanted: int, deadline: float) -> None:
         """Wait until so many clients are there.
 
         Raises:
-            RunError: they are not within the deadline, in seconds.
+            RunError: they are not within the deadline, in seconds; or two give the same name.
         """
         end = time.monotonic() + deadline
         self.refresh(grid)
-        while len(self._names) < wanted:
+        while len(self._names) < wanted or self.claimed:
+            if self.claimed:
+                raise RunError(
+                    f"two nodes call themselves {min(self.claimed)!r}",
+                    "Give every client its own name (partition-id, in a simulation).",
+                )
             if time.monotonic() > end:
                 known = ", ".join(self.names()) or "none"
                 raise RunError(

@@ -115,8 +115,7 @@ class UpdateSpool:
     def shares(self) -> dict[str, float]:
         """Each client's share of the round, p_k = w_k / sum w, in the order of client names."""
         if self._shares is None:
-            # the name itself breaks ties: "1" and "01" are equal in natural order
-            order = sorted(self._updates, key=lambda client: (natural_order(client), client))
+            order = sorted(self._updates, key=natural_order)
             total = math.fsum(update.weight for update in self._updates.values())
             self._shares = {client: self._updates[client].weight / total for client in order}
         return self._shares

@@ -226,6 +226,7 @@ class AdapterStrategy(Strategy):
         """
         assert self._state is not None
         spool = self._open_spool()
+        spool.clear()  # of a round that failed
         training = self._collect(server_round, replies, spool)
         assert self._outcome is not None
         trained = time.perf_counter()
@@ -248,7 +249,7 @@ class AdapterStrategy(Strategy):
             notes=made.notes,
             seconds=self._outcome.seconds | {"aggregate": time.perf_counter() - trained},
         )
-        return self._current_arrays(), mean_metrics(training.reports)
+        return self._current_arrays(), mean_metrics(self._outcome.reports)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -272,7 +273,7 @@ class AdapterStrategy(Strategy):
     def sample(self, round: int) -> list[str]:
         """Return the clients of a round, a function of seed, round and the names that are there."""
         names = self.roster.names()
-        count = sample_size(self.fraction, len(names))
+        count = min(sample_size(self.fraction, len(names)), len(names))
         picked = stream(self.seed, "sample", round=round).choice(len(names), count, replace=False)
         return [names[index] for index in sorted(picked)]
 

@@ -116,7 +116,8 @@ class RowsTask(Task):
         """The three splits before encoding, those that were not given cut from the first."""
         given = self.read()
         evaluate, samples = self.config.evaluate, self.config.task.samples
-        parts = cut({name: len(table) for name, table in given.items()}, evaluate.fraction, samples)
+        sizes = {name: len(table) for name, table in given.items()}
+        parts = cut(sizes, evaluate.fraction, samples, evaluate.samples)
         return {name: given[source].select(rows) for name, (source, rows) in parts.items()}
 
     @cached_property

@@ -79,7 +79,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _padded(rows: Sequence[Tokens], filler: int) -> Tensor:
-    padded = torch.full((len(rows), max(len(row) for row in rows)), filler, dtype=torch.int64)
+    padded = np.full((len(rows), max(len(row) for row in rows)), filler, dtype=np.int64)
     for number, row in enumerate(rows):
-        padded[number, : len(row)] = torch.from_numpy(row)
-    return padded
+        padded[number, : len(row)] = row
+    return torch.from_numpy(padded)

@@ -82,7 +82,7 @@ def existing(path: Path) -> Path:
 
 
 def cut(
-    sizes: Mapping[str, int], fraction: float, samples: int | None
+    sizes: Mapping[str, int], fraction: float, samples: int | None, looks: int | None = None
 ) -> dict[str, tuple[str, NDArray[np.int64]]]:
     """Say which rows make up each split.
 
@@ -90,6 +90,7 @@ def cut(
         sizes: how many rows each given split has; "train" is always given.
         fraction: the share of the training rows that makes up a split which is not given.
         samples: how many training rows to keep at most; the rest are left unused.
+        looks: how many rows of validation, and of test, to keep at most.
 
     Returns:
         For each of "train", "validation" and "test" the name of the given split it comes from and
@@ -115,6 +116,11 @@ def cut(
     for name in sizes:
         if name != "train":
             made[name] = (name, np.arange(sizes[name]))
+    for name in ("validation", "test"):
+        source, rows = made[name]
+        if looks is not None and len(rows) > looks:
+            some = stream(0, "looks", client=name).permutation(len(rows))[:looks]
+            made[name] = (source, rows[np.sort(some)])
     return {name: made[name] for name in SPLITS}
 
 

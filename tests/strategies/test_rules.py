@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from federations import LAYER, Federation, cached_rule, federation, federations, numpy_of
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedgraft.adapter import Adapter, LoraLayer, Tensors
@@ -26,6 +26,7 @@ from strategies.rule import (
     LayerResult,
     PerClientRule,
     Phase,
+    Plan,
     Rule,
     SumOnlyRule,
     WeightedLayer,
@@ -71,7 +72,7 @@ ROWS = [
 ]
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @rows
@@ -306,6 +307,15 @@ def test_per_client_rules_see_every_client(fed: Federation) -> None:
     layer = fed.aggregate(Heaviest()).adapter.layers[LAYER]
     heaviest = max(fed.updates, key=lambda client: fed.updates[client][0])
     assert torch.equal(layer.B, fed.updates[heaviest][1][f"{LAYER}.lora_B.weight"].float())
+
+
+def test_only_planned_factors_come_from_the_updates() -> None:
+    class OnlyB(Heaviest):
+        def plan(self, round: int) -> Plan:
+            return Plan(train=frozenset({"B"}), send=frozenset({"B"}))
+
+    layer = two_clients().aggregate(OnlyB()).adapter.layers[LAYER]
+    assert layer.A.tolist() == [[8.0, 16.0]] and layer.B.tolist() == [[0.0], [4.0]]
 
 
 def test_a_rule_of_neither_kind_is_a_bug() -> None:

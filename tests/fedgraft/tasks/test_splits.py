@@ -126,3 +126,13 @@ def test_hub_dataset_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         load_rows(config("nobody/nothing-at-all"))
     assert caught.value.message.startswith("task.data 'nobody/nothing-at-all' is no local path")
     assert "\n" not in caught.value.message and caught.value.remedy
+
+
+def test_cut_keeps_at_most_so_many_rows_to_look_at() -> None:
+    whole = cut({"train": 100, "test": 50}, 0.1, None)
+    few = cut({"train": 100, "test": 50}, 0.1, None, 5)
+    assert np.array_equal(few["train"][1], whole["train"][1])
+    for name in ("validation", "test"):
+        assert len(few[name][1]) == 5
+        assert set(few[name][1]) < set(whole[name][1])
+    assert cut({"train": 100, "test": 50}, 0.1, None, 50)["test"][1].tolist() == list(range(50))

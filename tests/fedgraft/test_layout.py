@@ -1,0 +1,92 @@
+"""What is shipped: every module in the wheel, every dependency in the constraints."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = ("fedgraft", "strategies", "client", "server", "simulations", "deploy")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names of the files in a wheel, built from a copy of the tree and without the network."""
+    source = tmp_path_factory.mktemp("source")
+    skip = shutil.ignore_patterns("__pycache__")
+    for floor in FLOORS:
+        shutil.copytree(ROOT / floor, source / floor, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "tests").mkdir()
+    (source / "tests" / "test_x.py").write_text("")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out"]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = (source / "out").glob("fedgraft-*.whl")
+    return set(zipfile.ZipFile(file).namelist())
+
+
+def test_every_module_of_the_six_folders_is_in_the_wheel(wheel: set[str]):
+    ours = {str(p.relative_to(ROOT)) for floor in FLOORS for p in (ROOT / floor).rglob("*.py")}
+    assert len(ours) > 60
+    assert ours <= wheel
+
+
+def test_every_data_file_is_in_the_wheel(wheel: set[str]):
+    data = {
+        str(path.relative_to(ROOT))
+        for floor in FLOORS
+        for path in (ROOT / floor).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    } - {"deploy/README.md"}  # says what will be there, to those who read the source
+    assert {"fedgraft/py.typed", "fedgraft/tasks/digits_base/model.safetensors"} <= data
+    assert any(name.startswith("server/templates/") for name in data)
+    assert data <= wheel
+
+
+def test_nothing_else_is_in_the_wheel(wheel: set[str]):
+    tops = {name.split("/")[0] for name in wheel}
+    assert tops == {*FLOORS, f"fedgraft-{PROJECT['version']}.dist-info"}
+
+
+def test_constraints_name_a_fitting_version_of_every_dependency():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(pinned) == len(pins), "a package is named twice"
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = [*PROJECT["dependencies"], *(name for extra in extras for name in extra)]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name == "fedgraft":
+            continue
+        assert name in pinned, f"constraints.txt does not name {name}"
+        assert requirement.specifier.contains(pinned[name]), (name, pinned[name])
+
+
+def test_every_entry_point_leads_somewhere():
+    groups = PROJECT["entry-points"]
+    assert set(groups) == {"fedgraft.commands", "fedgraft.rules", "fedgraft.tasks"}
+    for group, entries in groups.items():
+        installed = {entry.name: entry for entry in entry_points(group=group)}
+        assert set(entries) <= set(installed)
+        for name, target in entries.items():
+            assert installed[name].value == target
+            assert installed[name].load() is not None
+
+
+def test_versions_agree():
+    import fedgraft
+
+    assert fedgraft.__version__ == PROJECT["version"]
