@@ -39,7 +39,7 @@ def train_round(message: Message, context: Context) -> Message:
     try:
         reply = _train(message, context)
     except FedGraftError as error:
-        reply = Reply(refusal=str(error))
+        reply = _refusal(error)
     return Message(reply.encode(), reply_to=message)
 
 
@@ -49,7 +49,7 @@ def evaluate_round(message: Message, context: Context) -> Message:
     try:
         reply = _evaluate(message, context)
     except FedGraftError as error:
-        reply = Reply(refusal=str(error))
+        reply = _refusal(error)
     return Message(reply.encode(), reply_to=message)
 
 
@@ -98,6 +98,10 @@ def _evaluate(message: Message, context: Context) -> Reply:
     adapter = Adapter.from_tensors(_start(model, request, config), config.adapter.scaling)
     metrics = model.evaluate(task, adapter, examples)
     return Reply(weight=float(len(examples)), metrics=metrics)
+
+
+def _refusal(error: FedGraftError) -> Reply:
+    return Reply(refusal=f"{error.message} ({error.remedy})" if error.remedy else error.message)
 
 
 def _resident(config: Config, request: TrainRequest) -> tuple[Task, ResidentModel]:
@@ -150,5 +154,6 @@ def _partition(context: Context, config: Config) -> int:
 
 
 def _personal_store(context: Context, request: TrainRequest, client: str) -> PersonalStore:
-    folder = Path(str(context.run_config.get(PERSONAL_KEY) or "personal"))
+    given = str(context.run_config.get(PERSONAL_KEY) or "")
+    folder = Path(given) if given else Path.home() / ".fedgraft" / "personal"
     return PersonalStore(folder, request.lineage or str(context.run_id), client)

@@ -48,7 +48,9 @@ def restore_optimizer(
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(parameters):
         prefix = f"{name}{_SEPARATOR}"
-        entries = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        entries = {  # cloned, since the optimizer works in them
+            k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)
+        }
         if entries:
             state[index] = entries
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

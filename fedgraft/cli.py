@@ -1,25 +1,26 @@
 """The front door: `fedgraft COMMAND`.
 
-Commands are entry points of the group `fedgraft.commands`. Only the one that was asked for is
-imported; what `fedgraft --help` lists is read from the commands' source without importing them, so
-it answers in a moment.
+Commands are entry points of the group `fedgraft.commands`, each a click command. Only the one that
+was asked for is imported; what `fedgraft --help` lists is read from the commands' source without
+importing them, so it answers in a moment.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.util
+import os
 import sys
 import traceback
-from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, cast
 
 import click
 
 from fedgraft import __version__
 from fedgraft.errors import FedGraftError
+from fedgraft.foreign import FLOORS, import_ours
 
 GROUP = "fedgraft.commands"
 _ORDER = ("simulate", "compare", "report", "export", "strategies")
@@ -34,9 +35,20 @@ class Commands(click.Group):
         return [n for n in _ORDER if n in names] + sorted(names - set(_ORDER))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command."""
+        """Import one command; None where there is none of that name."""
         entry = _commands().get(cmd_name)
         return None if entry is None else _load(entry)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the arguments name; suggest the nearest where there is none."""
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            nearest = difflib.get_close_matches(args[0], names, n=1)
+            guess = f" Did you mean {nearest[0]}?" if nearest else ""
+            ctx.fail(f"There is no command {args[0]!r}.{guess}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with the first sentence of each."""
@@ -72,16 +84,24 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         _complain(error.message, error.remedy)
         sys.exit(error.exit_status)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        used = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        _complain(error.format_message(), f"See {used or 'fedgraft'} --help.")
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted", "")
         sys.exit(1)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        _complain(f"{type(error).__name__}: {error}", "This is a bug; --debug shows where.")
+        first = next(iter(str(error).splitlines()), "")
+        _complain(f"{type(error).__name__}: {first}", "This is a bug; --debug shows where.")
         sys.exit(1)
 
 
@@ -97,12 +117,12 @@ def _commands() -> dict[str, EntryPoint]:
 
 
 def _load(entry: EntryPoint) -> click.Command:
-    import typer
-
-    function = cast(Callable[..., Any], entry.load())
-    app = typer.Typer(add_completion=False)
-    app.command(name=entry.name)(function)
-    return typer.main.get_command(app)
+    if entry.module.split(".")[0] in FLOORS:
+        import_ours(entry.module)
+    command = entry.load()
+    if not isinstance(command, click.Command):
+        raise FedGraftError(f"the entry point {entry.name!r} of {GROUP} is {command!r}, no command")
+    return command
 
 
 def _first_sentence(entry: EntryPoint) -> str:

@@ -108,7 +108,8 @@ def compare(
         FedGraftError: what went wrong and what to do.
     """
     comparison = import_ours("simulations.compare")
-    plan = comparison.Plan(_config(settings), tuple(strategies), tuple(seeds), dict(grid or {}))
+    planning = import_ours("simulations.plan")
+    plan = planning.Plan(_config(settings), tuple(strategies), tuple(seeds), dict(grid or {}))
     result: dict[str, Any] = comparison.compare(plan, Path(out) if out else None)
     return result
 

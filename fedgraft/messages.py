@@ -8,6 +8,7 @@ ClientApp and FedGraft's ClientApp with anybody's strategy.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -20,6 +21,7 @@ _LARGEST_METRIC = 1e15
 _LONGEST_NAME = 100
 WEIGHT = "num-examples"
 HELLO = "query.hello"
+_Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Reply:
         refusal = str(_config(content).get("refusal", ""))
         if refusal:
             return cls(refusal=refusal)
-        records = content.metric_records
+        records = _records(content, MetricRecord)
         if METRICS not in records and len(records) != 1:
             raise UpdateError("the reply has no metrics record")
         metrics = records[METRICS] if METRICS in records else next(iter(records.values()))
@@ -129,7 +131,7 @@ class Reply:
             and isinstance(value, int | float)
             and abs(value) <= _LARGEST_METRIC  # which NaN is not
         }
-        arrays = _arrays(content) if content.array_records else None
+        arrays = _arrays(content) if _records(content, ArrayRecord) else None
         return cls(arrays=arrays, weight=float(weight), metrics=numbers)
 
 
@@ -167,13 +169,22 @@ class Hello:
         return cls(name, str(config.get("description", "")))
 
 
+def _records(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:
+    """Return the records of one kind.
+
+    Flower's own views of them refer to themselves: with one of those, arrays that are done with
+    would stay in memory until the garbage collector comes by.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
 def _config(content: RecordDict) -> ConfigRecord:
-    records = content.config_records
+    records = _records(content, ConfigRecord)
     return records[CONFIG] if CONFIG in records else ConfigRecord()
 
 
 def _arrays(content: RecordDict) -> ArrayRecord:
-    records = content.array_records
+    records = _records(content, ArrayRecord)
     if ARRAYS in records:
         return records[ARRAYS]
     if len(records) == 1:

@@ -6,13 +6,18 @@ summary.json   the run in one object, written when it has finished
 adapter/       the chosen adapter as PEFT loads it
 checkpoints/   what a resume continues from
 personal/      what simulated clients keep between rounds
+spool/         the updates of the round at work
 plots/, report.html, run.log, progress.jsonl (what the screen follows)
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,6 +58,7 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.personal = path / "personal"
+        self.spool = path / "spool"
         self.plots = path / "plots"
         self.report = path / "report.html"
         self.log = path / "run.log"
@@ -100,6 +106,33 @@ class RunDirectory:
                 "Name a directory that fedgraft simulate or compare wrote.",
             )
         return directory
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run inside the block, so that no two processes work on it at a time.
+
+        What a killed process left half written is removed first.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process is at work on the run in {self.path}",
+                    "Let it finish, or end it first.",
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            else:
+                for debris in self.path.rglob(".*.tmp"):
+                    debris.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(descriptor)
 
     def write_config(self, config: Config, lineage: str) -> None:
         """Write config.toml: the resolved config with the run's lineage and versions."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import uuid
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgraft.config import Config
-from fedgraft.errors import FedGraftError
+from fedgraft.config import RUN_CONFIG_KEY, Config
+from fedgraft.errors import ConfigError, FedGraftError
 from fedgraft.logs import quiet
 from fedgraft.run_directory import OUT_KEY, RunDirectory
 from server.progress import FAILED, ProgressWriter
@@ -25,8 +26,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, in the directory that it names."""
     config = Config.from_run_config(context.run_config)
-    directory = _directory(config, str(context.run_config.get(OUT_KEY) or ""))
-    with quiet(directory.log):
+    directory = _directory(context, config)
+    with directory.held(), quiet(directory.log):
         try:
             run_federation(grid, config, directory)
         except FedGraftError as error:
@@ -39,16 +40,29 @@ def main(grid: Grid, context: Context) -> None:
             raise
 
 
-def _directory(config: Config, out: str) -> RunDirectory:
-    """Open the run directory that a command prepared, or start one (`flwr run .` has none)."""
-    if out and (Path(out) / "config.toml").is_file():
+def _directory(context: Context, config: Config) -> RunDirectory:
+    """Open the run directory that a command prepared, or start one (`flwr run .` has none).
+
+    Raises:
+        ConfigError: `fedgraft.out` is a relative path, or holds a run already.
+    """
+    out = str(context.run_config.get(OUT_KEY) or "")
+    if RUN_CONFIG_KEY in context.run_config:
         return RunDirectory.open(Path(out))
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(out) if out else Path("runs") / f"{config.strategy.name}-{stamp}"
-    return RunDirectory.create(path.absolute(), config, lineage=uuid.uuid4().hex)
+    if out and not Path(out).is_absolute():
+        raise ConfigError(
+            f"{OUT_KEY} is {out!r}, and the server does not know which folder that is relative to",
+            "Give an absolute path, or none for a new folder under ~/fedgraft-runs.",
+        )
+    name = f"{config.strategy.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    path = Path(out) if out else Path.home() / "fedgraft-runs" / name
+    directory = RunDirectory.create(path, config, lineage=uuid.uuid4().hex)
+    print(f"FedGraft keeps this run in {path}", flush=True)  # Flower carries it to the terminal
+    return directory
 
 
 def _tell(directory: RunDirectory, message: str, remedy: str, status: int) -> None:
-    progress = ProgressWriter(directory.progress)
-    progress.write(FAILED, message=message, remedy=remedy, status=status)
-    progress.close()
+    with suppress(FedGraftError):  # of a full disk the caller is told all the same
+        progress = ProgressWriter(directory.progress)
+        progress.write(FAILED, message=message, remedy=remedy, status=status)
+        progress.close()

@@ -4,47 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from fedgraft.run_directory import RunDirectory
-from server.export import export_adapter, export_merged
+PATH = click.Path(path_type=Path)
 
 
-def report(
-    directories: Annotated[
-        list[Path], typer.Argument(help="Run or comparison directories, shown in one report.")
-    ],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print where it lies as JSON.")] = False,
-) -> None:
+@click.command()
+@click.argument("directories", metavar="DIR...", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--out", type=PATH, default=Path("report.html"), show_default=True, help="The file to write."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print where it lies as JSON.")
+def report(directories: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Write one self-contained HTML report of runs or comparisons.
 
+    \b
     Example: fedgraft report runs/fedavg-seed0 runs/lora-fair-seed0 --out both.html
     """
     from server.report import write_report
 
     path = write_report(directories, out)
-    typer.echo(json.dumps({"report": str(path)}) if as_json else f"Report: {path}")
+    click.echo(json.dumps({"report": str(path)}) if as_json else f"Report: {path}")
 
 
-def export(
-    directory: Annotated[Path, typer.Argument(help="A finished run's directory.")],
-    to: Annotated[Path, typer.Option(help="A new folder.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapter into its base, a whole model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print where it lies as JSON.")] = False,
-) -> None:
+@click.command()
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.option("--to", type=PATH, required=True, help="A new folder.")
+@click.option("--merge", is_flag=True, help="Merge the adapter into its base, a whole model.")
+@click.option("--json", "as_json", is_flag=True, help="Print where it lies as JSON.")
+def export(directory: Path, to: Path, merge: bool, as_json: bool) -> None:
     """Export a run's adapter as a PEFT folder, or merged into its base.
 
+    \b
     Example: fedgraft export runs/fedavg-seed0 --to my-adapter
     """
+    from fedgraft.run_directory import RunDirectory
+    from server.export import export_adapter, export_merged
+
     run = RunDirectory.open(directory)
     if merge:
         export_merged(run, to)
     else:
         export_adapter(run, to)
     kind = "model" if merge else "adapter"
-    typer.echo(json.dumps({kind: str(to)}) if as_json else f"Exported the {kind} to {to}")
+    click.echo(json.dumps({kind: str(to)}) if as_json else f"Exported the {kind} to {to}")

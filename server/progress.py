@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedgraft.errors import FedGraftError, RunError
+from fedgraft.errors import ConfigError, FedGraftError, RunError
 
 START, SAMPLED, REPLY, ROUND, FINISHED, FAILED = (
     "start",
@@ -24,22 +24,26 @@ START, SAMPLED, REPLY, ROUND, FINISHED, FAILED = (
 
 
 class ProgressWriter:
-    """Append events to a run's progress file."""
+    """Append events to a run's progress file.
+
+    Raises:
+        RunError: the file cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+        from fedgraft.files import disk_errors  # with torch, which the screen does without
+
+        with disk_errors(path):
+            self._file = path.open("ab", buffering=0)  # what fails is not tried again on closing
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; a full disk must not end a run for the screen's sake."""
-        try:
-            self._file.write(json.dumps({"event": event, **fields}) + "\n")
-        except OSError:
-            return
+        with suppress(OSError):
+            self._file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
 
     def close(self) -> None:
-        """Close the file; what a full disk kept back is given up."""
-        with suppress(OSError):
-            self._file.close()
+        """Close the file."""
+        self._file.close()
 
 
 class ProgressReader:
@@ -50,7 +54,10 @@ class ProgressReader:
         self._offset = path.stat().st_size if path.exists() else 0
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events since the last call; a line not yet whole waits for the next."""
+        """Return the events since the last call; a line not yet whole waits for the next.
+
+        What a crash or a full disk has cut is passed over.
+        """
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -58,9 +65,14 @@ class ProgressReader:
             text = file.read()
         whole, newline, _ = text.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        events = []
+        for line in whole.splitlines():
+            with suppress(ValueError):
+                events.append(json.loads(line))
+        return events
 
 
 def failure(event: dict[str, Any]) -> FedGraftError:
     """Return the error that a `failed` event of another process tells of."""
-    return RunError(str(event.get("message", "the run failed")), str(event.get("remedy", "")))
+    kind = ConfigError if event["status"] == ConfigError.exit_status else RunError
+    return kind(event["message"], event["remedy"])

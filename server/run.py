@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -82,8 +83,9 @@ class FederatedRun(RoundHooks):
         self._began = time.perf_counter()
 
     def close(self) -> None:
-        """Close what the run holds open."""
+        """Close what the run holds open, and remove its scratch folder."""
         self.progress.close()
+        shutil.rmtree(self.directory.spool, ignore_errors=True)
         if self.board is not None:
             self.board.close()
 
@@ -120,6 +122,7 @@ class FederatedRun(RoundHooks):
             derive_A=config.adapter.from_ is None,  # a given A is in no seed
             lineage=self.lineage,
             base_hash=self.model.base_hash,
+            spool=self.directory.spool,
             hooks=self,
         )
 

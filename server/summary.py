@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -33,8 +34,8 @@ class Bookkeeping:
     descriptions: Mapping[str, str] = field(default_factory=dict)
 
     def after_evaluation(self, task: Task, round: int, metric: float) -> Bookkeeping:
-        """Return the books after a validation; a tie keeps the earlier round."""
-        if task.better(metric, self.best):
+        """Return the books after a validation; a tie keeps the earlier round, NaN is no best."""
+        if math.isfinite(metric) and task.better(metric, self.best):
             return replace(self, best_round=round, best=metric, stale=0)
         return replace(self, stale=self.stale + 1)
 

@@ -9,109 +9,27 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
-from fedgraft.config import Config, flatten, read_toml
-from fedgraft.errors import ConfigError, RunError
+from fedgraft.config import Config
+from fedgraft.errors import FedGraftError, RunError
 from fedgraft.files import write_json, write_text
 from fedgraft.logs import hushed
 from fedgraft.run_directory import RunDirectory
-from server.screen import Screen
+from server.screen import Screen, busy
 from server.statistics import build_comparison
 from simulations.check import check
 from simulations.engine import run_engine
-from simulations.references import NAMES, reference
+from simulations.plan import PLAN_FILE, Plan
+from simulations.references import reference
 from simulations.simulate import draw, free_path, is_finished, lineage
-
-PLAN_FILE = "comparison.toml"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-        config: common to all; its `compare` group sets keys for one strategy.
-        strategies: rules by name; differences are from the first.
-        seeds: each is run with every strategy.
-        grid: further keys with values to try, all combinations.
-        references: names of reference rows.
-    """
-
-    config: Config
-    strategies: tuple[str, ...]
-    seeds: tuple[int, ...]
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    references: tuple[str, ...] = NAMES
-
-    def __post_init__(self) -> None:
-        for name, values in (("--strategies", self.strategies), ("--seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(
-                    f"{name} is {','.join(map(str, values)) or 'empty'}",
-                    "Name at least one, and each only once.",
-                )
-
-    def variants(self) -> dict[str, Config]:
-        """Return the configs to run by label, seed 0's of each; the first strategy's come first.
-
-        Raises:
-            ConfigError: a key of [compare.<strategy>] or of the grid is unknown.
-        """
-        common = self.config.to_dict()
-        overrides = common.pop("compare", {})
-        found: dict[str, Config] = {}
-        for strategy in self.strategies:
-            base = Config.from_dict(common).with_overrides(
-                _options_dropped(common, strategy) | flatten(overrides.get(strategy, {}))
-            )
-            for values in itertools.product(*self.grid.values()):
-                settings = dict(zip(self.grid, values, strict=True))
-                label = " ".join([strategy, *(f"{k}={v}" for k, v in settings.items())])
-                found[label] = base.with_overrides(settings)
-        return found
-
-    def to_toml(self) -> str:
-        """Return the plan as TOML, from which a resume reads it back."""
-        return tomli_w.dumps(
-            {
-                "strategies": list(self.strategies),
-                "seeds": list(self.seeds),
-                "grid": {key: list(values) for key, values in self.grid.items()},
-                "references": list(self.references),
-                "config": self.config.to_dict(),
-            }
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> Plan:
-        """Read what `to_toml` wrote.
-
-        Raises:
-            ConfigError: there is no comparison in the directory.
-        """
-        file = path / PLAN_FILE
-        if not file.is_file():
-            raise ConfigError(f"{path} holds no comparison: it has no {PLAN_FILE}")
-        tree = read_toml(file)
-        return cls(
-            Config.from_dict(tree["config"], source=str(file)),
-            tuple(tree["strategies"]),
-            tuple(tree["seeds"]),
-            tree["grid"],
-            tuple(tree["references"]),
-        )
+from simulations.workers import at_work
 
 
 @dataclass(frozen=True)
@@ -150,7 +68,8 @@ def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dic
     path = out or free_path(Path("runs"), "comparison")
     if not resume:
         RunDirectory.check_free(path)
-    jobs = _jobs(plan, path)
+    with busy("Loading the model and the data"):
+        jobs = _jobs(plan, path)
     threads = {job.config.threads or 1 for job in jobs}
     write_text(path / PLAN_FILE, plan.to_toml())
     workers = max(1, (os.cpu_count() or 1) // max(threads))
@@ -163,23 +82,9 @@ def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dic
     references = [results[job.path] for job in jobs if job.reference]
     comparison = dict(build_comparison(runs, references))
     write_json(path / "comparison.json", comparison)
-    draw(path)
+    with busy("Drawing plots and the report"):
+        draw(path)
     return comparison
-
-
-def _options_dropped(common: Mapping[str, Any], strategy: str) -> dict[str, Any]:
-    """Return the strategy's name as a setting.
-
-    Raises:
-        ConfigError: the config sets options of one rule, which another one would not know.
-    """
-    options = sorted(key for key in common["strategy"] if key != "name")
-    if options and common["strategy"]["name"] != strategy:
-        raise ConfigError(
-            f"strategy.{options[0]} is set for all strategies, and {strategy} may not know it",
-            f"Set it under [compare.{common['strategy']['name']}] as strategy.{options[0]}.",
-        )
-    return {"strategy.name": strategy}
 
 
 def _jobs(plan: Plan, path: Path) -> list[Job]:
@@ -206,42 +111,22 @@ def _slug(label: str) -> str:
 def _run_all(jobs: Sequence[Job], workers: int) -> dict[Path, dict[str, Any]]:
     """Run the jobs in worker processes and return each one's result by its path."""
     results: dict[Path, dict[str, Any]] = {}
-    screen = Screen({job.title: RunDirectory(job.path) for job in jobs if not job.reference})
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
-    waiting: dict[Future[dict[str, Any]], Job] = {}
-    with screen:
-        try:
-            waiting = {executor.submit(_run_job, job): job for job in jobs}
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    job = waiting.pop(future)
+    runs = {job.title: RunDirectory(job.path).progress for job in jobs if not job.reference}
+    rows = [job.title for job in jobs if job.reference]
+    with Screen(runs, rows) as screen, at_work(workers, _run_job, jobs) as waiting:
+        while waiting:
+            for job in list(waiting.values())[:workers]:  # they are taken in this order
+                screen.started(job.title)
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = waiting.pop(future)
+                try:
                     results[job.path] = future.result()
-                    if job.reference:
-                        screen.say(f"[green]done[/green] {job.title}")
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a worker process died; most likely memory ran out",
-                "Set threads to the number of cores, so that one run goes at a time, and resume.",
-            ) from error
-        except BaseException:
-            _kill_workers(executor)
-            raise
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+                except FedGraftError as error:
+                    error.message = f"{job.title}: {error.message}"
+                    raise
+                screen.done(job.title, results[job.path]["metric"], results[job.path]["final"])
     return results
-
-
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _kill_workers(executor: ProcessPoolExecutor) -> None:
-    """End the workers at once; their runs continue from their checkpoints."""
-    for process in list((executor._processes or {}).values()):
-        process.terminate()
 
 
 def _run_job(job: Job) -> dict[str, Any]:

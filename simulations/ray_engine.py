@@ -18,7 +18,7 @@ from fedgraft import flower
 from fedgraft.config import Config
 from fedgraft.errors import RunError
 from fedgraft.run_directory import RunDirectory
-from server.progress import FAILED, ProgressReader, failure
+from server.progress import FAILED, FINISHED, ProgressReader, failure
 
 _POLL_SECONDS = 0.2
 
@@ -70,18 +70,11 @@ def _follow(
         for event in reader.events():
             if event["event"] == FAILED:
                 raise failure(event)
-        if directory.summary() is not None and _is_done(directory):
-            return
+            if event["event"] == FINISHED:
+                return
         if ended:
             raise RunError("the run under Ray ended without a result", f"See {log}.")
         time.sleep(_POLL_SECONDS)
-
-
-def _is_done(directory: RunDirectory) -> bool:
-    """Whether the summary is this session's: a run that was extended has an older one at first."""
-    summary = directory.summary()
-    rounds = directory.config().federation.rounds
-    return summary is not None and (summary["rounds"] >= rounds or summary["stopped_early"])
 
 
 def _gpus_per_client(config: Config) -> float:

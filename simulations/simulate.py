@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgraft.config import Config, flatten, known_keys
+from fedgraft.config import Config, flatten
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import RunDirectory
 from server.plots import save_plots
@@ -60,19 +60,22 @@ def resume(path: Path, settings: Mapping[str, Any]) -> tuple[Config, RunDirector
 
     Raises:
         ConfigError: there is no run, or a key is set that a resume cannot change.
+        RunError: the disk is full or refuses the write.
     """
     directory = RunDirectory.open(path)
     config = directory.config()
-    current = flatten(config.to_dict())
-    for key, value in settings.items():
-        if key in known_keys() and key not in RESUMABLE and current.get(key) != value:
+    changed = config.with_overrides(settings)
+    before, after = flatten(config.to_dict()), flatten(changed.to_dict())
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and key not in RESUMABLE:
             raise ConfigError(
                 f"{key} cannot be changed by a resume",
                 f"Start a new run, from this one's adapter with --set adapter.from="
                 f"{directory.adapter} if you like. A resume may change {', '.join(RESUMABLE)}.",
             )
-    changed = config.with_overrides(settings)
-    directory.write_config(changed, directory.lineage())
+    if not is_finished(changed, directory):
+        directory.summary_file.unlink(missing_ok=True)  # the sign that a run has finished
+        directory.write_config(changed, directory.lineage())
     return changed, directory
 
 
@@ -84,6 +87,17 @@ def is_finished(config: Config, directory: RunDirectory) -> bool:
     if summary["rounds"] >= config.federation.rounds:
         return True
     return bool(summary["stopped_early"]) and summary.get("patience") == config.evaluate.patience
+
+
+def how_to_go_on(directory: RunDirectory) -> str:
+    """Say of a finished run that it is, and how it may be extended."""
+    summary = directory.summary()
+    assert summary is not None
+    if summary["stopped_early"]:
+        state, key = f"stopped early after round {summary['rounds']}", "evaluate.patience"
+    else:
+        state, key = f"is finished after {summary['rounds']} rounds", "federation.rounds"
+    return f"The run in {directory.path} {state}; to go on, add a larger --set {key}=N."
 
 
 def run(config: Config, directory: RunDirectory, engine: Engine) -> None:

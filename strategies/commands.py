@@ -4,55 +4,66 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
+import click
 from rich.console import Console
 from rich.table import Table
 
 from strategies.registry import rule_class, rule_names
+from strategies.rule import Rule
+
+MEANINGS = {
+    "sum_only": "the server never needs a single client's update",
+    "exact": "the aggregate is the mean of the clients' products B A",
+    "mixed_ranks": "clients may hold different ranks",
+    "base_residual": "what the factors cannot hold is added to the base",
+    "personal": "a part of the adapter stays on its client",
+}
+"""What each of a rule's capabilities means, for people."""
 
 
-def strategies(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-) -> None:
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def strategies(as_json: bool) -> None:
     """Show the aggregation rules that are installed and what each can do.
 
+    \b
     Example: fedgraft strategies
     """
     rules = [rule_class(name) for name in rule_names()]
     if as_json:
-        rows = [
-            {"name": rule.name, "title": rule.title, "citation": rule.citation}
-            | {"options": sorted(_options(rule.Options))}
-            | asdict(rule.capabilities)
-            for rule in rules
-        ]
-        typer.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps([_row(rule) for rule in rules], indent=2))
         return
-    table = Table(title="Aggregation rules", title_justify="left")
-    table.add_column("strategy.name", no_wrap=True)
-    table.add_column("rule")
-    for heading in ("sum-only", "exact", "mixed ranks", "base residual", "personal"):
-        table.add_column(heading, justify="center")
-    table.add_column("options")
-    for rule in rules:
-        able = asdict(rule.capabilities).values()
-        options = ", ".join(f"{k}={v}" for k, v in _options(rule.Options).items())
-        table.add_row(
-            rule.name,
-            f"{rule.title}\n[dim]{rule.citation}[/dim]",
-            *("yes" if can else "-" for can in able),
-            options or "-",
-        )
     console = Console()
-    console.print(table)
-    console.print(
-        "sum-only: the server never needs a single client's update. "
-        "exact: the aggregate is the mean of the products B A."
-    )
+    console.print(_table(rules))
+    for name, meaning in MEANINGS.items():
+        console.print(f"[bold]{_words(name)}[/bold]: {meaning}", highlight=False)
+    for rule in rules:
+        console.print(f"\n[bold]{rule.name}[/bold]: {rule.title}. {rule.citation}", highlight=False)
+        for option, default in _options(rule).items():
+            console.print(f"  strategy.{option} = {default!r}", highlight=False)
 
 
-def _options(options: type) -> dict[str, object]:
-    fields = getattr(options, "model_fields", {})
+def _table(rules: list[type[Rule]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("strategy.name", no_wrap=True)
+    for name in MEANINGS:
+        table.add_column(_words(name), justify="center")
+    for rule in rules:
+        able = asdict(rule.capabilities)
+        table.add_row(rule.name, *("yes" if able[name] else "-" for name in MEANINGS))
+    return table
+
+
+def _row(rule: type[Rule]) -> dict[str, object]:
+    named = {"name": rule.name, "title": rule.title, "citation": rule.citation}
+    return named | {"options": _options(rule)} | asdict(rule.capabilities)
+
+
+def _options(rule: type[Rule]) -> dict[str, object]:
+    fields = rule.Options.model_fields
     return {field.alias or name: field.default for name, field in fields.items()}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

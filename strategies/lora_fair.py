@@ -73,7 +73,7 @@ def ridge_correction(residual: Tensor, A: Tensor, lambda_rel: float) -> Tensor:
     # the residual comes from float32 contributions: below this share it would divide their rounding
     smallest = torch.finfo(torch.float32).eps * shifted.max()
     inverse = torch.where(shifted > smallest, 1.0 / shifted, 0.0)
-    correction: Tensor = ((residual.double() @ basis) * inverse) @ basis.T
+    correction: Tensor = residual.double() @ ((basis * inverse) @ basis.T)
     return correction
 
 

@@ -47,6 +47,10 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
         ConfigError: an unknown rule, an unknown option or a value out of range.
     """
     cls = rule_class(name)
+    if options and not cls.Options.model_fields:
+        raise ConfigError(
+            f"strategy.{next(iter(options))} is set, and {name} has no options", "Leave it out."
+        )
     try:
         checked = cls.Options.model_validate(dict(options or {}))
     except ValidationError as error:

@@ -42,6 +42,7 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
             waiting.discard(reply.metadata.reply_to_message_id)
             yield reply
         if arrived:
+            heard = time.monotonic()
             continue
         if time.monotonic() - heard > deadline:
             return

@@ -271,6 +271,8 @@ def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     output = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )
-    targets = batch["labels"][:, 1:]
+    logits, targets = output.logits[:, :-1], batch["labels"][:, 1:]
     counted = targets != IGNORED
-    return output.logits[:, :-1][counted].float(), targets[counted]
+    if counted.all():  # a selection takes longer, and its gradient a scatter
+        return logits.flatten(0, 1).float(), targets.flatten()
+    return logits[counted].float(), targets[counted]

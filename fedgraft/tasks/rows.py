@@ -91,19 +91,23 @@ class RowsTask(Task):
     def describe(self, client: int) -> str:
         """Say of which domain, owner or labels a client's examples are; "" where of all alike."""
         rows = self._dealt[self._check(client)]
-        how = partition.kind(self.config, self.domain_column)
+        if self._told_by is None:
+            return ""
+        counts = Counter(self._told_by[rows].tolist()).most_common(3)
+        if len(counts) == 1:
+            return str(counts[0][0])
+        return ", ".join(f"{count / len(rows):.0%} {value}" for value, count in counts)
+
+    @cached_property
+    def _told_by(self) -> partition.Values | None:
+        """The column of the training rows that tells clients apart, if one does."""
         column = {
             "domain": self.domain_column or self.config.federation.partition_column,
             "natural": self.config.federation.partition_column,
             "dirichlet": self.label_column,
             "shards": self.label_column,
-        }.get(how)
-        if column is None:
-            return ""
-        counts = Counter(self.split("train").table.select(rows)[column]).most_common(3)
-        if len(counts) == 1:
-            return str(counts[0][0])
-        return ", ".join(f"{count / len(rows):.0%} {value}" for value, count in counts)
+        }.get(partition.kind(self.config, self.domain_column))
+        return None if column is None else np.asarray(self.split("train").table[column][:])
 
     def split(self, name: str) -> Encoded:
         """Return one of "train", "validation" and "test", encoded."""

@@ -97,9 +97,9 @@ def test_layer_2_comes_before_layer_10():
 
 def test_different_names_never_tie():
     names = ["1", "01", "001", "a1", "a01", "a", "10", "9", ""]
+    assert len({natural_order(name) for name in names}) == len(names)
     once = sorted(names, key=natural_order)
-    assert once == sorted(reversed(names), key=natural_order)
-    assert once.index("9") < once.index("10") and once.index("001") < once.index("9")
+    assert once == ["", "001", "01", "1", "9", "10", "a", "a01", "a1"]
 
 
 def test_order_does_not_depend_on_how_an_adapter_is_built():
@@ -249,7 +249,7 @@ GARBAGE = {
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_is_refused_by_name_and_raises_nothing_else(data: bytes):
     array = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=data)
-    with pytest.raises(UpdateError, match="tensor 'q.lora_A.weight' cannot be read"):
+    with pytest.raises(UpdateError, match=r"tensor 'q\.lora_A\.weight' cannot be read"):
         from_arrays(ArrayRecord({"q.lora_A.weight": array}))
 
 

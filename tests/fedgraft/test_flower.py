@@ -177,4 +177,3 @@ def test_waiting_for_a_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_free_port_is_free():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", flower.free_port()))
-

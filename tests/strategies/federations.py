@@ -137,3 +137,17 @@ def hostile(fed: Federation, client: str, factor_A: float, factor_B: float) -> F
         for name, tensor in tensors.items()
     }
     return replace(fed, updates=fed.updates | {client: (weight, bad)})
+
+
+def two_clients() -> Federation:
+    """d = 2, r = 1, shares 1/4 and 3/4: A = (1, 0), B = (2, 0)^T and A = (0, 1), B = (0, 4)^T."""
+
+    def tensors(A: list[float], B: list[float]) -> Tensors:
+        return {
+            f"{LAYER}.lora_A.weight": torch.tensor([A]),
+            f"{LAYER}.lora_B.weight": torch.tensor(B)[:, None],
+        }
+
+    current = Adapter({LAYER: LoraLayer(torch.tensor([[8.0, 16.0]]), torch.zeros(2, 1), 2.0)})
+    first, second = tensors([1.0, 0.0], [2.0, 0.0]), tensors([0.0, 1.0], [0.0, 4.0])
+    return Federation(current, {"a": (10.0, first), "b": (30.0, second)})

@@ -128,6 +128,15 @@ def test_no_change_at_all_has_no_bias_to_speak_of(zero: str) -> None:
     assert found.before is None and found.after is None and found.repairable is None
 
 
+def test_what_lies_outside_the_rows_of_the_mean_cannot_be_repaired() -> None:
+    """A and -A average to 0: all of DW is missed, and no B could bring any of it back."""
+    fed = federation(np.random.default_rng(7), d_out=5, d_in=4, r=3, weights=[1.0, 1.0])
+    (_, first), (_, second) = fed.updates.values()
+    opposite = second | {f"{LAYER}.lora_A.weight": -first[f"{LAYER}.lora_A.weight"]}
+    found = measure(replace(fed, updates={"0": (1.0, first), "1": (1.0, opposite)}))
+    assert (found.before, found.after, found.repairable) == (1.0, 1.0, 0.0)
+
+
 def test_the_whole_adapter_sums_layers_with_their_scalings() -> None:
     fed = federation(np.random.default_rng(3), d_out=5, d_in=4, r=2, weights=[1.0, 2.0], layers=3)
     layers = {

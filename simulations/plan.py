@@ -1,0 +1,127 @@
+"""What a comparison compares: strategies, seeds and grid, and the configs that they make."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedgraft.config import Config, flatten, read_toml
+from fedgraft.errors import ConfigError
+from simulations.references import NAMES
+from strategies.registry import rule_names
+
+PLAN_FILE = "comparison.toml"
+_NOT_IN_GRID = {"seed": "--seeds", "strategy.name": "--strategies"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        config: common to all; its `compare` group sets keys for one strategy.
+        strategies: rules by name; differences are from the first.
+        seeds: each is run with every strategy.
+        grid: further keys with values to try, all combinations.
+        references: names of reference rows.
+
+    Raises:
+        ConfigError: nothing to compare, a name given twice, or a key that no grid may hold.
+    """
+
+    config: Config
+    strategies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    references: tuple[str, ...] = NAMES
+
+    def __post_init__(self) -> None:
+        for name, values in (("--strategies", self.strategies), ("--seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(
+                    f"{name} is {','.join(map(str, values)) or 'empty'}",
+                    "Name at least one, and each only once.",
+                )
+        for key in self.grid:
+            if key in _NOT_IN_GRID:
+                raise ConfigError(f"--grid holds {key}", f"Use {_NOT_IN_GRID[key]} for it.")
+
+    def variants(self) -> dict[str, Config]:
+        """Return the configs to run by label, with seed 0; the first strategy's come first.
+
+        Raises:
+            ConfigError: a key of [compare.<strategy>] or of the grid is unknown, or a strategy is.
+        """
+        common = self.config.to_dict()
+        own = common.pop("compare", {})
+        self._check_tables(own)
+        self._check_options(common)
+        found: dict[str, Config] = {}
+        for strategy in self.strategies:
+            settings = {"strategy.name": strategy, **flatten(own.get(strategy, {}))}
+            base = Config.from_dict(common).with_overrides(settings)
+            for values in itertools.product(*self.grid.values()):
+                chosen = dict(zip(self.grid, values, strict=True))
+                label = " ".join([strategy, *(f"{k}={v}" for k, v in chosen.items())])
+                found[label] = base.with_overrides(chosen)
+        return found
+
+    def _check_tables(self, own: Mapping[str, Any]) -> None:
+        """Refuse a table of a strategy that is not installed; one that is not compared is fine."""
+        for name in own:
+            if name not in {*rule_names(), *self.strategies}:
+                nearest = difflib.get_close_matches(name, rule_names(), n=1)
+                raise ConfigError(
+                    f"[compare.{name}] is for a strategy that is not installed",
+                    f"Did you mean {nearest[0]}?" if nearest else "See fedgraft strategies.",
+                )
+
+    def _check_options(self, common: Mapping[str, Any]) -> None:
+        """Refuse an option of one rule set for all, which the others would not know."""
+        options = sorted(key for key in common["strategy"] if key != "name")
+        if options and len(self.strategies) > 1:
+            raise ConfigError(
+                f"strategy.{options[0]} is set for all strategies, and not all may know it",
+                f"Set it for one of them, with --set compare.NAME.strategy.{options[0]}=... or "
+                "under [compare.NAME.strategy].",
+            )
+
+    def to_toml(self) -> str:
+        """Return the plan as TOML, from which a resume reads it back."""
+        return tomli_w.dumps(
+            {
+                "strategies": list(self.strategies),
+                "seeds": list(self.seeds),
+                "grid": {key: list(values) for key, values in self.grid.items()},
+                "references": list(self.references),
+                "config": self.config.to_dict(),
+            }
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read what `to_toml` wrote.
+
+        Raises:
+            ConfigError: there is no comparison in the directory.
+        """
+        file = path / PLAN_FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"{path} holds no comparison: it has no {PLAN_FILE}",
+                "Name a directory that fedgraft compare wrote.",
+            )
+        tree = read_toml(file)
+        return cls(
+            Config.from_dict(tree["config"], source=str(file)),
+            tuple(tree["strategies"]),
+            tuple(tree["seeds"]),
+            tree["grid"],
+            tuple(tree["references"]),
+        )

@@ -1,0 +1,136 @@
+"""Processes that run `fedgraft` and kill themselves, with signal 9, at a named moment.
+
+They are real processes and real kills; patches in them only choose the moment, so that a test
+hits it every time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at(call: int, function: Callable[..., Any], before: bool) -> Callable[..., Any]:
+    """Wrap a function: the n-th call of it kills the process, before or after its work."""
+    calls = 0
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if before and calls == call:
+            _die()
+        made = function(*arguments, **options)
+        if not before and calls == call:
+            _die()
+        return made
+
+    return wrapped
+
+
+def in_training(round: int) -> None:
+    """Between two clients' training of a round: the second has trained and not yet answered."""
+    import client.app
+
+    client.app.train = _at(3 * (round - 1) + 2, client.app.train, before=False)
+
+
+def in_aggregation(round: int) -> None:
+    """In the middle of a round's layers."""
+    from strategies import aggregation
+
+    sums = aggregation._by_sums
+    calls = 0
+
+    def wrapped(rule: Any, spool: Any, context: Any, factors: Any) -> Any:
+        nonlocal calls
+        calls += context.round == round
+        if calls == 5:
+            _die()
+        return sums(rule, spool, context, factors)
+
+    aggregation._by_sums = wrapped
+
+
+def _writing(is_it: Callable[[Path], bool], *, whole: bool = False) -> None:
+    """Half way through the temporary file of a path, or just before the whole one is renamed."""
+    from fedgraft import files
+
+    write = files.write_bytes
+
+    def wrapped(path: Path, content: bytes) -> None:
+        if is_it(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(content if whole else content[: len(content) // 2])
+            _die()
+        write(path, content)
+
+    files.write_bytes = wrapped
+
+
+def writing_a_checkpoint(round: int) -> None:
+    """Half of a checkpoint's temporary file is written."""
+    _writing(lambda path: path.parent.name == "checkpoints" and str(round) in path.name)
+
+
+def renaming_a_checkpoint(round: int) -> None:
+    """A checkpoint's temporary file is whole, and not yet renamed."""
+    _writing(
+        lambda path: path.parent.name == "checkpoints" and str(round) in path.name, whole=True
+    )
+
+
+def writing_personal_state(round: int) -> None:
+    """Half of a client's own state of a round is written."""
+    _writing(lambda path: "personal" in path.parts and str(round) in path.name)
+
+
+def writing_the_adapter(round: int) -> None:
+    """All rounds are done, and half of the adapter's file is written."""
+    _writing(lambda path: path.name == "adapter_model.safetensors")
+
+
+def writing_the_summary(round: int) -> None:
+    """All is there but the summary, the sign that the run has finished."""
+    _writing(lambda path: path.name == "summary.json")
+
+
+def writing_a_record(round: int) -> None:
+    """Half of a round's line in rounds.jsonl is written, and its checkpoint is not."""
+    from fedgraft.run_directory import RunDirectory
+
+    def wrapped(directory: RunDirectory, record: dict[str, Any]) -> None:
+        if record["round"] == round:
+            with directory.rounds_file.open("a") as file:
+                file.write(str(record)[:200])
+            _die()
+        append(directory, record)
+
+    append = RunDirectory.append_round
+    RunDirectory.append_round = wrapped  # type: ignore[method-assign]
+
+
+def drawing(round: int) -> None:
+    """The run has finished, its plots have not."""
+    from simulations import simulate
+
+    simulate.save_plots = _at(1, simulate.save_plots, before=True)
+
+
+def fedgraft(arguments: list[str], moment: str = "", round: int = 0) -> None:
+    """Run the command line in this process, silently, until the moment of its death."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    from fedgraft.cli import main
+
+    if moment:
+        globals()[moment](round)
+    main(arguments)

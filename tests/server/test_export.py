@@ -1,0 +1,253 @@
+"""Adapters as PEFT loads them on a clean base, merged models, and adapters to start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+
+from fedgraft.adapter import Adapter
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError, ModelError, RunError
+from fedgraft.files import write_tensors
+from fedgraft.resident_model import ResidentModel, resident_model, resident_task
+from fedgraft.run_directory import RunDirectory
+from fedgraft.tasks.task import Task
+from server.export import (
+    adapter_card,
+    export_adapter,
+    export_merged,
+    read_adapter,
+    write_adapter,
+)
+
+SUMMARY = {
+    "strategy": "lora-fair",
+    "task": "digits",
+    "clients": 2,
+    "rounds": 3,
+    "best_round": 2,
+    "seed": 0,
+    "metric": "accuracy",
+    "initial": 0.41234,
+    "final": 0.7,
+}
+
+
+@pytest.fixture
+def adapter(model: ResidentModel) -> Adapter:
+    initial = model.initial_adapter(0)
+    return initial.with_tensors({n: t + 0.03 for n, t in initial.tensors().items()})
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Config, model: ResidentModel, adapter: Adapter) -> RunDirectory:
+    directory = RunDirectory.create(tmp_path / "run", tiny, "lineage-7")
+    card = adapter_card(tiny, model.base_hash, "lineage-7", SUMMARY)
+    write_adapter(directory.adapter, adapter, model, card)
+    return directory
+
+
+def pixels(task: Task) -> torch.Tensor:
+    return task.test().batch(np.arange(64))["pixel_values"]
+
+
+def logits(model: Any, task: Task) -> torch.Tensor:
+    model.eval()
+    with torch.inference_mode():
+        found: torch.Tensor = model(pixel_values=pixels(task)).logits
+    return found
+
+
+def own_logits(model: ResidentModel, adapter: Adapter, task: Task) -> torch.Tensor:
+    """The logits behind the server's own evaluation."""
+    model.load(adapter.tensors())
+    return logits(model.model, task)
+
+
+# Out
+
+
+def test_peft_loads_the_folder_on_a_clean_base_with_the_same_logits(
+    run: RunDirectory, model: ResidentModel, adapter: Adapter, digits: Task
+):
+    loaded = PeftModel.from_pretrained(digits.load_base(), str(run.adapter))
+    theirs, ours = logits(loaded, digits), own_logits(model, adapter, digits)
+    # The same sums in the same order on one thread; 1e-6 leaves room for another build of torch.
+    assert float((theirs - ours).abs().max()) <= 1e-6
+    assert float((ours - logits(digits.load_base(), digits)).abs().max()) > 0.1
+    metrics = model.evaluate(digits, adapter, digits.test())
+    right = (theirs.argmax(-1) == digits.test().batch(np.arange(64))["labels"]).float().mean()
+    assert 0 < float(right) < 1 and 0 < metrics["accuracy"] < 1
+
+
+def test_the_settings_are_pefts_own_and_in_a_stable_order(run: RunDirectory, tiny: Config):
+    text = (run.adapter / "adapter_config.json").read_text()
+    settings = json.loads(text)
+    assert text == json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert settings["modules_to_save"] == ["classifier"] and settings["inference_mode"]
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (8, 16.0, "LORA")
+    assert PeftConfig.from_pretrained(str(run.adapter)).r == 8
+
+
+def test_equal_adapters_write_equal_files(
+    run: RunDirectory, tmp_path: Path, model: ResidentModel, adapter: Adapter
+):
+    write_adapter(tmp_path / "again", adapter, model, "card")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (run.adapter / name).read_bytes()
+
+
+def test_the_card_says_what_it_is_and_where_it_comes_from(run: RunDirectory, model: ResidentModel):
+    card = (run.adapter / "README.md").read_text()
+    for said in (
+        'library_name: "peft"',
+        f"`{model.base_hash}`",
+        "`lineage-7`",
+        "lora-fair",
+        "round 2, the best on validation",
+        "| 0.4123 |",
+        "| 0.7000 |",
+        "differential privacy | none",
+    ):
+        assert said in card
+
+
+def test_a_merged_model_gives_the_same_logits(
+    run: RunDirectory, model: ResidentModel, adapter: Adapter, digits: Task, tmp_path: Path
+):
+    from transformers import AutoModelForImageClassification
+
+    export_merged(run, tmp_path / "merged")
+    merged = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    )
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    # W0 + s B A is rounded once, where the adapter computes W0 x + s B (A x): 1e-7 of logits near
+    # 10, through four layers
+    difference = logits(merged, digits) - own_logits(model, adapter, digits)
+    assert float(difference.abs().max()) <= 1e-4
+    # and it serves as the base of another run
+    again = digits.config.with_overrides({"model.base": str(tmp_path / "merged")})
+    merged_task = resident_task(again)
+    assert resident_model(merged_task, again).base_hash != model.base_hash
+
+
+def test_an_adapter_folder_is_copied_whole(run: RunDirectory, tmp_path: Path):
+    export_adapter(run, tmp_path / "copy")
+    for path in run.adapter.iterdir():
+        assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
+    (tmp_path / "empty").mkdir()
+    export_adapter(run, tmp_path / "empty")
+    assert len(list((tmp_path / "empty").iterdir())) == 3
+
+
+@pytest.mark.parametrize("export", [export_adapter, export_merged])
+def test_what_cannot_be_exported(export: Any, run: RunDirectory, tiny: Config, tmp_path: Path):
+    unfinished = RunDirectory.create(tmp_path / "unfinished", tiny, "x")
+    with pytest.raises(ConfigError, match="has no adapter yet") as caught:
+        export(unfinished, tmp_path / "to")
+    assert f"--resume {tmp_path / 'unfinished'}" in caught.value.remedy
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    file = tmp_path / "file"
+    file.write_text("x")
+    for target in (tmp_path / "full", file):
+        with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+            export(run, target)
+
+
+def test_a_base_without_save_pretrained_cannot_be_merged(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Merged:
+        def merge_and_unload(self) -> object:
+            return object()
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *_: Merged())
+    with pytest.raises(ModelError, match="a object cannot be saved as a model folder"):
+        export_merged(run, tmp_path / "merged")
+
+
+# In
+
+
+def test_an_adapter_to_start_from_is_read_to_the_bit(
+    run: RunDirectory, model: ResidentModel, adapter: Adapter
+):
+    assert read_adapter(run.adapter, model).digest() == adapter.digest()
+
+
+def test_an_adapter_that_peft_saved_is_read(model: ResidentModel, adapter: Adapter, tmp_path: Path):
+    model.load(adapter.tensors())
+    model.model.save_pretrained(str(tmp_path / "theirs"))
+    assert read_adapter(tmp_path / "theirs", model).digest() == adapter.digest()
+
+
+def test_an_adapter_in_half_precision_is_read_as_float32(
+    run: RunDirectory, model: ResidentModel, adapter: Adapter
+):
+    halves = {name: tensor.bfloat16() for name, tensor in adapter.tensors().items()}
+    write_tensors(run.adapter / "adapter_model.safetensors", halves)
+    found = read_adapter(run.adapter, model)
+    assert {t.dtype for t in found.tensors().values()} == {torch.float32}
+    assert all(torch.equal(t, halves[n].float()) for n, t in found.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adapter.alpha": 8.0}, "trained with alpha 16.0, rank 8, rsLoRA False; this run has 8.0"),
+        ({"adapter.rank": 4}, "rank 8, rsLoRA False; this run has 16.0, 4, False"),
+        ({"adapter.type": "rslora"}, "rsLoRA False; this run has 16.0, 8, True"),
+        ({"adapter.targets": ["q_proj"]}, r"of shape \(8, 64\); this run's is None"),
+        (
+            {
+                "adapter.targets": [
+                    "q_proj",
+                    "k_proj",
+                    "v_proj",
+                    "o_proj",
+                    "fc1",
+                    "fc2",
+                    "projection",
+                ]
+            },
+            "of shape None; this run's is",
+        ),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(
+    settings: dict[str, Any], said: str, run: RunDirectory, digits: Task
+):
+    other = ResidentModel(digits, digits.config.with_overrides(settings))
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_adapter(run.adapter, other)
+    assert "the adapter's own" in caught.value.remedy
+
+
+def test_a_folder_that_is_no_adapter_is_refused(
+    run: RunDirectory, model: ResidentModel, tmp_path: Path
+):
+    for folder in (tmp_path, tmp_path / "nowhere", run.path):
+        with pytest.raises(ConfigError, match=r"adapter\.from is .* has no adapter_model"):
+            read_adapter(folder, model)
+
+
+def test_a_damaged_adapter_is_refused(run: RunDirectory, model: ResidentModel):
+    settings = run.adapter / "adapter_config.json"
+    text = settings.read_text()
+    settings.write_text(text[:-20])
+    with pytest.raises(ConfigError, match=r"adapter_config\.json is not valid JSON"):
+        read_adapter(run.adapter, model)
+    settings.write_text(text)
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors cannot be read"):
+        read_adapter(run.adapter, model)

@@ -1,0 +1,184 @@
+"""Who is who: clients by name, whatever ids Flower draws and whenever nodes come and go."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from fake_grid import ARRAYS, Answer, Client, FakeGrid, Node, Seen, nodes
+from flwr.app import Error, Message, RecordDict
+
+from fedgraft.errors import RunError
+from fedgraft.messages import HELLO, Hello
+from strategies import roster as roster_module
+from strategies.roster import Roster, exchange
+from strategies.strategy import AdapterStrategy
+
+
+def asked(grid: FakeGrid) -> list[int]:
+    return [m.metadata.dst_node_id for m in grid.sent if m.metadata.message_type == HELLO]
+
+
+def refreshed(grid: FakeGrid) -> Roster:
+    roster = Roster()
+    roster.refresh(grid)
+    return roster
+
+
+def test_names_come_in_natural_order_whatever_order_the_answers_came_in():
+    for shuffle in range(5):
+        roster = refreshed(FakeGrid(nodes(("10", "9", "2", "1", "01")), shuffle))
+        assert roster.names() == ["01", "1", "2", "9", "10"]
+    assert roster.node_of("9") == 101 and roster.name_of(101) == "9"
+    assert roster.name_of(555) == "555"  # a node that was never asked
+    assert roster.descriptions["9"] == "data of 9"
+
+
+def test_only_new_nodes_are_asked_and_those_gone_are_forgotten():
+    grid = FakeGrid(nodes(("a", "b")))
+    roster = refreshed(grid)
+    roster.refresh(grid)
+    assert asked(grid) == [100, 101]
+    del grid.nodes[100]
+    grid.nodes[200] = Client("c")
+    roster.refresh(grid)
+    assert asked(grid) == [100, 101, 200] and roster.names() == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Error(1, "no such message type"), RecordDict(), Hello("").encode(), Hello("x" * 999).encode()],
+)
+def test_a_node_that_does_not_know_the_question_is_called_by_its_id(answer: Answer):
+    grid = FakeGrid({7: lambda message: answer, 8: Client("b")})
+    assert refreshed(grid).names() == ["7", "b"]
+
+
+def test_a_node_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roster_module, "HELLO_SECONDS", 0.1)
+    grid = FakeGrid({7: lambda message: None, 8: Client("b")})
+    roster = refreshed(grid)
+    assert roster.names() == ["b"]
+    grid.nodes[7] = Client("a")
+    roster.refresh(grid)
+    assert roster.names() == ["a", "b"] and asked(grid) == [7, 8, 7]
+
+
+# Two of one name
+
+
+def test_two_nodes_of_one_name_do_not_start():
+    grid = FakeGrid({1: Client("a"), 2: Client("b"), 3: Client("a")})
+    with pytest.raises(RunError, match="two nodes call themselves 'a'") as caught:
+        Roster().wait(grid, 2, 1.0)
+    assert "its own name" in caught.value.remedy
+
+
+def test_a_newcomer_cannot_take_anothers_name_and_the_run_goes_on():
+    grid = FakeGrid(nodes(("a", "b")))
+    thief = Client("b", weight=999.0)
+    seen = Seen()
+
+    def join(round: int, sampled: list[str]) -> None:
+        grid.nodes[300 - round] = thief
+
+    seen.on_sampled = join  # type: ignore[method-assign]
+    AdapterStrategy(hooks=seen, deadline=0.3).start(grid, ARRAYS, num_rounds=3)
+    honest = Seen()
+    AdapterStrategy(hooks=honest).start(FakeGrid(nodes(("a", "b"))), ARRAYS, num_rounds=3)
+    assert thief.heard == []
+    assert seen.last.reports == honest.last.reports
+    assert seen.last.state.adapter.digest() == honest.last.state.adapter.digest()
+
+
+def test_a_client_that_came_back_under_a_new_id_takes_its_name_over():
+    grid = FakeGrid(nodes(("a", "b")))
+    roster = refreshed(grid)
+    grid.nodes[50] = Client("b")  # restarted, and the old node is not missed yet
+    roster.refresh(grid)
+    assert roster.node_of("b") == 101 and roster.claimed == {"b"}
+    del grid.nodes[101]
+    roster.refresh(grid)
+    assert roster.node_of("b") == 50 and roster.claimed == set()
+
+
+# Waiting
+
+
+def test_waiting_until_the_clients_are_there():
+    grid = FakeGrid(nodes(("a",)))
+    asked_for_nodes = grid.get_node_ids
+
+    def later() -> Any:
+        if len(grid.sent) == 1:
+            grid.nodes[200] = Client("b")
+        return asked_for_nodes()
+
+    grid.get_node_ids = later  # type: ignore[method-assign]
+    roster = Roster()
+    roster.wait(grid, 2, 10.0)
+    assert roster.names() == ["a", "b"]
+
+
+def test_waiting_in_vain_names_who_is_there():
+    with pytest.raises(RunError) as caught:
+        Roster().wait(FakeGrid(nodes(("a", "b"))), 3, 0.1)
+    assert caught.value.message == "2 of 3 clients connected within 0 s (a, b)"
+    assert "Start the missing clients" in caught.value.remedy
+    with pytest.raises(RunError, match=r"0 of 1 clients .*\(none\)"):
+        Roster().wait(FakeGrid({}), 1, 0.0)
+
+
+# The exchange of messages
+
+
+def messages(*destinations: int) -> list[Message]:
+    return [Message(RecordDict(), node, "train") for node in destinations]
+
+
+def test_replies_are_handed_on_as_they_come():
+    order: list[str] = []
+
+    def node(name: str) -> Node:
+        return Client(name)
+
+    grid = FakeGrid({1: node("a"), 2: node("b")})
+    pull = grid.pull_messages
+
+    def pulled(ids: Any) -> Any:
+        order.append("pull")
+        return pull(ids)
+
+    grid.pull_messages = pulled  # type: ignore[method-assign]
+    hellos = [Message(RecordDict(), n, HELLO) for n in (1, 2)]
+    replies = exchange(grid, iter(hellos), 1.0)  # an iterator is enough
+    order.extend(Hello.decode(reply.content).name for reply in replies)
+    assert order[0::2] == ["pull", "pull"] and sorted(order[1::2]) == ["a", "b"]
+
+
+def test_the_deadline_is_of_silence_and_a_slow_client_in_time_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(roster_module, "POLL_SECONDS", 0.01)
+    grid = FakeGrid({n: Client(str(n)) for n in range(4)})
+    pull, began = grid.pull_messages, time.monotonic()
+    given = 0
+
+    def slow(ids: Any) -> Any:
+        nonlocal given
+        if time.monotonic() - began < 0.15 * (given + 1):
+            return []
+        given += 1
+        return pull(ids)
+
+    grid.pull_messages = slow  # type: ignore[method-assign]
+    hellos = [Message(RecordDict(), n, HELLO) for n in range(4)]
+    assert len(list(exchange(grid, hellos, 0.4))) == 4  # 0.6 s in all, 0.15 s from one to the next
+
+
+def test_a_message_that_flower_cannot_take_is_not_waited_for():
+    began = time.monotonic()
+    assert list(exchange(FakeGrid({}), messages(404), 30.0)) == []
+    assert list(exchange(FakeGrid({}), [], 30.0)) == []
+    assert time.monotonic() - began < 1.0
