@@ -5,10 +5,10 @@
 
 1. LoRA-FAIR's ridge correction X of one layer as two centred sums, against dense computations of
    the same X, all in float32 from factors in memory, timed in turn in this process. `dense` is the
-   definition, a sum of p_k (B_k A_k) with a d x d matrix a term (much of its time goes into fetching
-   that memory); `in place` adds every product to one matrix; `stacked` makes the sum one product of
-   all factors side by side, the fastest way to DW that we know. Errors are relative to the dense X
-   in float64.
+   definition, a sum of p_k (B_k A_k) with a d x d matrix a term (much of its time goes into the
+   pages of those matrices); `in place` adds every product to one matrix; `stacked` makes the sum
+   one product of all factors side by side, the fastest way to DW that we know. Errors are relative
+   to the dense X in float64.
 2. FedAvg's peak memory by number of clients, each in a child process of its own: updates spooled to
    disk and folded one by one, against holding all of them, as a list of replies does.
 3. What a round of the digits federation costs the server (12 layers, rank 8, 6 clients).
@@ -42,9 +42,10 @@ from torch import Tensor
 from fedgraft.adapter import LoraLayer
 from strategies.aggregation import aggregate
 from strategies.diagnostics import aggregation_bias
-from strategies.lora_fair import LoRAFair, LoRAFairOptions, ridge_correction
+from strategies.lora_fair import LoRAFair, LoRAFairOptions
 from strategies.means import weighted_mean
 from strategies.registry import build_rule
+from strategies.ridge import ridge_correction
 from strategies.rule import LayerContext, WeightedLayer
 from strategies.spool import UpdateSpool
 

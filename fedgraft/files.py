@@ -86,9 +86,10 @@ def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, Any] | None 
     """Write named tensors, and a little JSON in the same file's header, atomically."""
     # Cloned: safetensors refuses tensors that share memory, as a frozen factor and its copy do.
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # One key only: safetensors writes several in an order that changes from call to call.
     metadata = {"format": "pt"}
     if notes is not None:
-        metadata[METADATA_KEY] = json.dumps(notes, sort_keys=True, allow_nan=False)
+        metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True, allow_nan=False)}
     write_bytes(path, save(whole, metadata=metadata))
 
 

@@ -7,6 +7,7 @@ for `--help`.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,7 @@ def simulate(
             config = Config.load(config_file, settings)
             directory = simulation.prepare(config, out)
             config = directory.config()
-    with _interruptible(f"fedgraft simulate --resume {directory.path}"):
+    with _interruptible("simulate", directory.path):
         if simulation.is_finished(config, directory):
             click.echo(simulation.how_to_go_on(directory), err=True)
         else:
@@ -159,7 +160,7 @@ def compare(
             config = Config.load(config_file, settings)
             plan = Plan(config, *chosen)
             path = out or free_path(Path("runs"), "comparison")
-    with _interruptible(f"fedgraft compare --resume {path}"):
+    with _interruptible("compare", path):
         result = comparison.compare(plan, path, resume=resume is not None)
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -194,12 +195,13 @@ def _show(result: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _interruptible(command: str) -> Iterator[None]:
+def _interruptible(name: str, path: Path) -> Iterator[None]:
     """Say how to go on when Ctrl-C or a failure ends the work.
 
     Raises:
         RunError: the work was interrupted.
     """
+    command = f"fedgraft {name} --resume {shlex.quote(str(path))}"
     try:
         yield
     except KeyboardInterrupt:

@@ -29,18 +29,26 @@ the row space of Abar can be repaired.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedgraft.adapter import LoraLayer, Tensors
 from strategies.fedavg import MEANS
-from strategies.rule import Capabilities, LayerContext, Phase, Rule, RuleOptions, SumOnlyRule
-
-RIDGE_LAMBDA = 1e-2
-"""The ridge's lambda relative to trace(G) / r, unless the config says another."""
+from strategies.lora_fair_cosine import corrected_by_cosine
+from strategies.ridge import RIDGE_LAMBDA, ridge_correction
+from strategies.rule import (
+    Capabilities,
+    LayerContext,
+    LayerResult,
+    PerClientRule,
+    Phase,
+    Rule,
+    RuleOptions,
+    SumOnlyRule,
+    WeightedLayer,
+)
 
 
 class LoRAFairOptions(RuleOptions):
@@ -54,27 +62,6 @@ class LoRAFairOptions(RuleOptions):
 
     objective: Literal["ridge", "cosine"] = "ridge"
     lambda_: Annotated[float, Field(ge=0.0)] = RIDGE_LAMBDA
-
-
-def ridge_correction(residual: Tensor, A: Tensor, lambda_rel: float) -> Tensor:
-    """Return X = residual (G + lambda I)^-1 with lambda = lambda_rel * trace(G) / r, in float64.
-
-    Directions in which G + lambda I vanishes (Abar = 0; or no lambda to speak of and Abar of
-    deficient rank) cannot change the product X Abar: X gets nothing there.
-
-    Args:
-        residual: (DW - Bbar Abar) Abar^T, of shape (d_out, r).
-        A: Abar, of shape (r, d_in).
-        lambda_rel: the relative lambda, 0 or more.
-    """
-    A = A.double()
-    eigenvalues, basis = torch.linalg.eigh(A @ A.T)
-    shifted = eigenvalues.clamp(min=0.0) + lambda_rel * eigenvalues.mean()
-    # the residual comes from float32 contributions: below this share it would divide their rounding
-    smallest = torch.finfo(torch.float32).eps * shifted.max()
-    inverse = torch.where(shifted > smallest, 1.0 / shifted, 0.0)
-    correction: Tensor = residual.double() @ ((basis * inverse) @ basis.T)
-    return correction
 
 
 def centred_residual(update: LoraLayer, context: LayerContext) -> Tensors:
@@ -96,9 +83,6 @@ class LoRAFair(SumOnlyRule):
     @classmethod
     def build(cls, options: RuleOptions) -> Rule:
         """Return the rule of `strategy.objective`: this one, or the paper's cosine."""
-        # here, because that file takes this one's ridge as its fallback
-        from strategies.lora_fair_cosine import LoRAFairCosine
-
         cosine = isinstance(options, LoRAFairOptions) and options.objective == "cosine"
         return LoRAFairCosine(options) if cosine else cls(options)
 
@@ -109,3 +93,19 @@ class LoRAFair(SumOnlyRule):
     def _corrected(self, mean: Tensors, context: LayerContext) -> Tensors:
         correction = ridge_correction(mean["residual"], context.shared["A"], self.options.lambda_)
         return {"B": context.shared["B"] + correction}
+
+
+class LoRAFairCosine(PerClientRule):
+    """Average A and B, then correct Bbar by the paper's cosine objective."""
+
+    name = LoRAFair.name
+    title = "LoRA-FAIR (cosine)"
+    citation = LoRAFair.citation
+    capabilities = Capabilities(sum_only=False)
+    Options = LoRAFairOptions
+    options: LoRAFairOptions
+
+    def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:
+        """Return Abar and the corrected Bbar, with a note where the cosine had no safe optimum."""
+        factors, notes = corrected_by_cosine(updates, self.options.lambda_)
+        return LayerResult(context.current.with_factors(factors), notes=notes)

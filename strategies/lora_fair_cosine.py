@@ -1,4 +1,4 @@
-"""LoRA-FAIR with the paper's own objective, a flattened cosine, solved exactly.
+"""LoRA-FAIR's correction by the paper's own objective, a flattened cosine, solved exactly.
 
 "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement"
 Jieming Bian, Lei Wang, Letian Zhang, Jie Xu. ICCV 2025. https://arxiv.org/abs/2411.14961
@@ -37,9 +37,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from strategies.lora_fair import RIDGE_LAMBDA, LoRAFair, LoRAFairOptions, ridge_correction
+from fedgraft.adapter import Tensors
 from strategies.means import weighted_mean
-from strategies.rule import Capabilities, LayerContext, LayerResult, PerClientRule, WeightedLayer
+from strategies.ridge import RIDGE_LAMBDA, ridge_correction
+from strategies.rule import WeightedLayer
 
 _NEGLIGIBLE = 1e-13
 """Eigenvalues of G below this share of the largest are round-off, and would make false roots."""
@@ -49,39 +50,36 @@ _TIE = 1e-12
 """Losses closer than this are equal: what float64 resolves of a cosine near 1."""
 
 
-class LoRAFairCosine(PerClientRule):
-    """Average A and B, then correct Bbar by the paper's cosine objective."""
+def corrected_by_cosine(
+    updates: Sequence[WeightedLayer], penalty: float
+) -> tuple[Tensors, tuple[str, ...]]:
+    """Return {"A": Abar, "B": the corrected Bbar}, and notes where no optimum was safe.
 
-    name = LoRAFair.name
-    title = "LoRA-FAIR (cosine)"
-    citation = LoRAFair.citation
-    capabilities = Capabilities(sum_only=False)
-    Options = LoRAFairOptions
-    options: LoRAFairOptions
-
-    def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:
-        """Return Abar and the corrected Bbar, with a note where the cosine had no safe optimum."""
-        mean = weighted_mean(
-            (update.share, {"A": update.factors.A, "B": update.factors.B}) for update in updates
-        )
-        # rounded like FedAvg's, so that what follows corrects the means that clients receive
-        A, B = _rounded(mean["A"]), _rounded(mean["B"])
-        projected = weighted_mean(
-            (update.share, {"H": update.factors.B.double() @ (update.factors.A.double() @ A.T)})
-            for update in updates
-        )
-        problem = CosineProblem(
-            B=B,
-            G=A @ A.T,
-            H=projected["H"],
-            S=product_norm(
-                torch.cat([u.share * u.factors.B.double() for u in updates], dim=1),
-                torch.cat([u.factors.A for u in updates]).double(),
-            ),
-            penalty=self.options.lambda_,
-        )
-        Y, notes = problem.solve(A)
-        return LayerResult(context.current.with_factors({"A": A, "B": Y}), notes=notes)
+    Args:
+        updates: all clients' factors of one layer.
+        penalty: the paper's lambda, absolute.
+    """
+    mean = weighted_mean(
+        (update.share, {"A": update.factors.A, "B": update.factors.B}) for update in updates
+    )
+    # rounded like FedAvg's, so that what follows corrects the means that clients receive
+    A, B = _rounded(mean["A"]), _rounded(mean["B"])
+    projected = weighted_mean(
+        (update.share, {"H": update.factors.B.double() @ (update.factors.A.double() @ A.T)})
+        for update in updates
+    )
+    problem = CosineProblem(
+        B=B,
+        G=A @ A.T,
+        H=projected["H"],
+        S=product_norm(
+            torch.cat([u.share * u.factors.B.double() for u in updates], dim=1),
+            torch.cat([u.factors.A for u in updates]).double(),
+        ),
+        penalty=penalty,
+    )
+    Y, notes = problem.solve(A)
+    return {"A": A, "B": Y}, notes
 
 
 def _rounded(tensor: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ MOMENTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("every", "moment", "round"), MOMENTS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(
     every: int,
@@ -81,6 +82,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_resume_that_is_killed_is_resumed(
     forks: ForkServerContext, uninterrupted: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def wait_for(path: Path, event: str, round: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_says_how_to_go_on(
     uninterrupted: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_finished_run_is_extended(finished: Path, tmp_path: Path) -> None:
     assert "is finished after 4 rounds" in call("simulate", "--resume", path).err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path: Path) -> None:
     path = tmp_path / "run"
     # A learning rate that moves nothing: no round is better than the first.
@@ -204,6 +208,7 @@ def test_a_resume_that_would_rewrite_the_past_is_refused(setting: str, finished:
     assert (finished / "config.toml").read_bytes() == before and (finished / "summary.json").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_starts_from_an_adapter(finished: Path, tmp_path: Path) -> None:
     given = f"adapter.from={finished / 'adapter'}"
     done = call("simulate", *settings(federation__rounds=1), "--set", given, "--out", tmp_path / "a")
@@ -214,6 +219,7 @@ def test_a_run_starts_from_an_adapter(finished: Path, tmp_path: Path) -> None:
     assert start["initial"] == before["final"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_run_is_not_run_twice_at_a_time(finished: Path, tmp_path: Path) -> None:
     from fedgraft.run_directory import RunDirectory
 

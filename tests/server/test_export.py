@@ -26,6 +26,7 @@ from server.export import (
     write_adapter,
 )
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 SUMMARY = {
     "strategy": "lora-fair",
     "task": "digits",
@@ -207,20 +208,7 @@ def test_an_adapter_in_half_precision_is_read_as_float32(
         ({"adapter.rank": 4}, "rank 8, rsLoRA False; this run has 16.0, 4, False"),
         ({"adapter.type": "rslora"}, "rsLoRA False; this run has 16.0, 8, True"),
         ({"adapter.targets": ["q_proj"]}, r"of shape \(8, 64\); this run's is None"),
-        (
-            {
-                "adapter.targets": [
-                    "q_proj",
-                    "k_proj",
-                    "v_proj",
-                    "o_proj",
-                    "fc1",
-                    "fc2",
-                    "projection",
-                ]
-            },
-            "of shape None; this run's is",
-        ),
+        ({"adapter.targets": [*TARGETS, "projection"]}, "of shape None; this run's is"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedgraft.config import Config
-from fedgraft.errors import RunError
+from fedgraft.errors import ConfigError, FedGraftError, RunError
 from fedgraft.run_directory import RunDirectory
 from server import screen as screen_module
 from server.progress import (
@@ -44,7 +44,9 @@ def play(writer: ProgressWriter, rounds: int = 20, first: int = 0) -> None:
     for round in range(first + 1, rounds + 1):
         writer.write(SAMPLED, round=round, clients=["0", "1"])
         writer.write(REPLY, round=round, client="0", trouble="")
-        writer.write(REPLY, round=round, client="1", trouble="NaN" if round == 3 else "")
+        writer.write(
+            REPLY, round=round, client="1", trouble="tensor 'x' holds NaN" if round == 3 else ""
+        )
         value = 0.4 + 0.01 * round if round % 2 == 0 else None
         writer.write(ROUND, round=round, value=value, loss=1.0 / round)
     writer.write(FINISHED, final=0.77, best_round=rounds - 1)
@@ -53,9 +55,9 @@ def play(writer: ProgressWriter, rounds: int = 20, first: int = 0) -> None:
 def shown(run: RunDirectory, say: Callable[[ProgressWriter], None], **console: Any) -> str:
     """Return what a screen shows while a run says something."""
     file = io.StringIO()
-    out = Console(file=file, width=100, **console)
+    out = Console(file=file, **({"width": 120} | console))
     writer = ProgressWriter(run.progress)
-    with Screen({"fedavg, seed 0": run}, out):
+    with Screen({"fedavg, seed 0": run.progress}, console=out):
         say(writer)
     writer.close()
     return file.getvalue()
@@ -109,9 +111,11 @@ def test_a_full_disk_does_not_end_a_run_for_the_screens_sake(small_disk: Path):
     writer.close()
 
 
-def test_a_failure_told_by_another_process_is_raised_here():
-    error = failure({"event": FAILED, "message": "no clients", "remedy": "Start some."})
-    assert isinstance(error, RunError)
+@pytest.mark.parametrize(("status", "kind"), [(1, RunError), (2, ConfigError)])
+def test_a_failure_told_by_another_process_is_raised_here(status: int, kind: type[FedGraftError]):
+    told = {"event": FAILED, "message": "no clients", "remedy": "Start some.", "status": status}
+    error = failure(told)
+    assert type(error) is kind and error.exit_status == status
     assert (error.message, error.remedy) == ("no clients", "Start some.")
 
 
@@ -120,36 +124,74 @@ def test_a_failure_told_by_another_process_is_raised_here():
 
 def test_where_there_is_no_terminal_about_ten_lines_are_printed(run: RunDirectory):
     lines = shown(run, play).splitlines()
-    assert [line.split("  ")[0] for line in lines[:-1]] == [
-        f"fedavg, seed 0: round {k}/20" for k in range(0, 21, 2)
+    trouble = "fedavg, seed 0, round 3, client 1: tensor 'x' holds NaN"
+    assert lines.pop(2) == trouble
+    assert lines == [
+        "fedavg, seed 0: round 0/20, validation accuracy 40.0%",
+        "fedavg, seed 0: round 2/20, validation accuracy 42.0%, training loss 0.500",
+        *(
+            f"fedavg, seed 0: round {k}/20, validation accuracy {40 + k}.0%, "
+            f"training loss {1 / k:.3f}, 1 updates failed or refused"
+            for k in range(4, 21, 2)
+        ),
+        "done fedavg, seed 0: test accuracy 77.0%, the adapter of round 19 of 20",
     ]
-    assert lines[0] == "fedavg, seed 0: round 0/20  validation accuracy 40.0%"
-    assert lines[1] == (
-        "fedavg, seed 0: round 2/20  clients 2/2  validation accuracy 42.0%  loss 0.500"
-    )
-    assert lines[2].endswith("validation accuracy 44.0%  loss 0.250  1 failed or refused")
-    assert lines[-1] == ("done fedavg, seed 0: test accuracy 77.0% (adapter of round 19 of 20)")
-    assert "\x1b" not in "".join(lines)
 
 
 def test_a_short_run_prints_every_round_and_a_resumed_one_the_rest(run: RunDirectory):
     lines = shown(run, lambda writer: play(writer, rounds=4, first=2)).splitlines()
-    assert [line.split("  ")[0].split()[-1] for line in lines[:-1]] == ["3/4", "4/4"]
+    rounds = [line.split(",")[1].split()[-1] for line in lines if "training loss" in line]
+    assert rounds == ["3/4", "4/4"]
 
 
-def test_what_is_said_is_printed_as_it_is(run: RunDirectory):
+def test_every_one_of_many_runs_prints_fewer_lines(tmp_path: Path):
+    runs = {f"run {k}": RunDirectory.create(tmp_path / str(k), Config(), "x") for k in range(2)}
     file = io.StringIO()
-    with Screen({"a": run}, Console(file=file, width=40)) as screen:
-        screen.say("a line that is much longer than the forty columns of this screen")
-    assert file.getvalue().count("\n") == 1
+    with Screen({name: r.progress for name, r in runs.items()}, console=Console(file=file)):
+        for directory in runs.values():
+            play(ProgressWriter(directory.progress))
+    lines = file.getvalue().splitlines()
+    assert sum(line.startswith("run 0: round") for line in lines) == 5  # 0, 5, 10, 15, 20
+    assert sum(line.startswith("done run") for line in lines) == 2
+
+
+def test_a_client_in_trouble_again_and_again_is_named_three_times(run: RunDirectory):
+    def say(writer: ProgressWriter) -> None:
+        writer.write(START, round=0, rounds=9, metric="accuracy", strategy="fedavg", seed=0)
+        for round in range(1, 10):
+            writer.write(SAMPLED, round=round, clients=["7"])
+            writer.write(REPLY, round=round, client="7", trouble="no\n  reply [red]")
+            writer.write(ROUND, round=round, value=None, loss=None)
+
+    lines = shown(run, say).splitlines()
+    assert sum("client 7: no reply [red]" in line for line in lines) == 3
+    assert lines[-1].endswith("9 updates failed or refused")
 
 
 def test_a_label_with_brackets_is_no_markup(run: RunDirectory):
+    for terminal in (True, False):
+        file = io.StringIO()
+        writer = ProgressWriter(run.progress)
+        console = Console(file=file, width=200, force_terminal=terminal, color_system=None)
+        with Screen({"lora-fair [red] (lambda=1)": run.progress}, console=console):
+            play(writer, rounds=1)
+        assert "done lora-fair [red] (lambda=1): test" in file.getvalue()
+
+
+def test_reference_rows_are_told_of(tmp_path: Path):
     file = io.StringIO()
-    writer = ProgressWriter(run.progress)
-    with Screen({"lora-fair [x] (lambda=1)": run}, Console(file=file, width=200)):
-        play(writer, rounds=1)
-    assert "done lora-fair [x] (lambda=1): test" in file.getvalue()
+    with Screen({}, ["alone, seed 0"], console=Console(file=file, width=100)) as screen:
+        screen.started("alone, seed 0")
+        screen.done("alone, seed 0", "accuracy", 0.5)
+    assert file.getvalue() == "done alone, seed 0: test accuracy 50.0%\n"
+
+
+def test_a_run_that_was_finished_before_is_told_of_once(run: RunDirectory):
+    file = io.StringIO()
+    with Screen({"a": run.progress}, console=Console(file=file, width=100)) as screen:
+        screen.done("a", "accuracy", 0.5)
+        screen.done("a", "accuracy", 0.5)
+    assert file.getvalue() == "done a: test accuracy 50.0% (before)\n"
 
 
 # Bars
@@ -168,38 +210,50 @@ def test_a_terminal_shows_bars_and_keeps_the_last_line(
         time.sleep(0.3)  # bars are drawn ten times a second
         writer.write(FINISHED, final=0.77, best_round=1)
 
-    text = shown(run, say, force_terminal=True)
-    assert "━" in text and "1/5" in text and "left" in text
-    assert "clients 1/2  validation accuracy 50.0%  loss 0.250" in text
-    assert "test accuracy 77.0% (adapter of round 1 of 1)" in text
+    text = shown(run, say, force_terminal=True, color_system=None)
+    assert "━" in text and "fedavg, seed 0" in text
+    assert "1/5  validation 50.0%  clients 1/2  loss 0.250" in text
+    assert "done fedavg, seed 0: test accuracy 77.0%, the adapter of round 1 of 1" in text
+    narrow = shown(run, say, force_terminal=True, color_system=None, width=50)
+    assert "1/5" in narrow and "loss" not in narrow
 
 
 def test_many_runs_have_a_bar_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(screen_module, "_POLL_SECONDS", 0.01)
     runs = {f"run {k}": RunDirectory.create(tmp_path / str(k), Config(), "x") for k in range(3)}
     file = io.StringIO()
-    with Screen(runs, Console(file=file, width=120, force_terminal=True)):
+    console = Console(file=file, width=120, force_terminal=True, color_system=None)
+    with Screen({name: r.progress for name, r in runs.items()}, ["base"], console) as screen:
         for directory in runs.values():
             play(ProgressWriter(directory.progress), rounds=2)
+        screen.started("base")
+        time.sleep(0.3)
+        screen.done("base", "accuracy", 0.4)
         time.sleep(0.3)
     text = file.getvalue()
-    assert "all runs" in text and "3/3" in text
-    assert all(f"run {k}: test accuracy 77.0%" in text for k in range(3))
+    assert "all 4 jobs" in text and "4/4 done" in text and "reference row" in text
+    assert all(f"done run {k}: test accuracy 77.0%" in text for k in range(3))
 
 
-def test_a_screen_that_sees_a_run_only_from_its_middle_shows_it_all_the_same(run: RunDirectory):
-    def say(writer: ProgressWriter) -> None:
-        writer.write(REPLY, round=1, client="0", trouble="")
-        writer.write(ROUND, round=1, value=0.5, loss=0.25)
-        writer.write(FINISHED, final=0.5, best_round=1)
-
-    for terminal in (True, False):
-        assert "test metric 0.5" in shown(run, say, force_terminal=terminal)
+def test_time_left_is_that_of_the_part_that_was_watched(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr(screen_module.time, "monotonic", lambda: now)
+    pace = screen_module._Pace()
+    pace.note(0.5)  # resumed in the middle
+    assert pace.left() == ""
+    now = 160.0
+    pace.note(0.6)  # a tenth in a minute: four more
+    assert pace.left() == "4:00 left"
+    now = 190.0
+    assert pace.left() == "3:30 left"  # it goes on between two events
+    now = 9999.0
+    assert pace.left() == "0:00 left"
 
 
 def test_the_screen_ends_with_its_block_also_after_an_error(run: RunDirectory):
     before = threading.active_count()
-    with pytest.raises(KeyError), Screen({"a": run}, Console(file=io.StringIO())):
+    console = Console(file=io.StringIO())
+    with pytest.raises(KeyError), Screen({"a": run.progress}, console=console):
         assert threading.active_count() == before + 1
         raise KeyError
     assert threading.active_count() == before

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fedgraft.adapter import Adapter, LoraLayer
-from strategies.lora_fair import LoRAFair, LoRAFairOptions, ridge_correction
-from strategies.lora_fair_cosine import CosineProblem, LoRAFairCosine
+from strategies.lora_fair import LoRAFair, LoRAFairCosine, LoRAFairOptions
+from strategies.lora_fair_cosine import CosineProblem
 from strategies.means import weighted_mean
 from strategies.registry import build_rule
+from strategies.ridge import ridge_correction
 from strategies.rule import LayerContext
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

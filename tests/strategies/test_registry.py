@@ -12,8 +12,7 @@ from fedgraft import registry as plugins
 from fedgraft.errors import ConfigError
 from strategies import registry
 from strategies.fedavg import FedAvg
-from strategies.lora_fair import LoRAFair, LoRAFairOptions
-from strategies.lora_fair_cosine import LoRAFairCosine
+from strategies.lora_fair import LoRAFair, LoRAFairCosine, LoRAFairOptions
 from strategies.registry import build_rule, rule_class, rule_names
 
 
