@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ Plan = list[list[list[list[int]]]]
 """Rows of each batch: plan[round][client][step]."""
 SPECIAL = ("[pad]", "[unk]", "<s>", "</s>")
 END = SPECIAL.index("</s>")
+TARGETS = ("q_proj", "v_proj")
 SEED = 0
 
 
@@ -39,13 +40,31 @@ class Size:
     mlp: int = 344
     vocabulary: int = 512
     rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    alpha: int = 16
     lr: float = 1e-3
 
     def rows(self, client: int) -> int:
         """How many training rows a client holds: different ones, so that the weights matter."""
         return self.steps * self.batch + 2 * client
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a rival needs: how much, which rows when, and each client's token ids.
+
+    Attributes:
+        tokens: one tensor (rows, length) of int64 a client.
+    """
+
+    size: Size
+    plan: Plan
+    tokens: list[Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> Work:
+        """Read what `write` and `write_plan` left in a folder."""
+        work = json.loads((folder / "work.json").read_text())
+        return cls(Size(**work["size"]), work["plan"], read_tokens(folder))
 
 
 TINY = Size(
@@ -81,11 +100,17 @@ def write(folder: Path, size: Size) -> None:
     (folder / "data").mkdir(parents=True)
     counts = {"train": size.rows, "validation": lambda _: size.batch, "test": lambda _: size.batch}
     for split, rows_of in counts.items():
-        lines = []
-        for client in range(size.clients):
-            for row in rng.choice(words, (rows_of(client), size.length - 1)):
-                lines.append(json.dumps({"client": f"{client:03d}", "text": " ".join(row)}))
+        lines = [
+            json.dumps({"client": f"{client:03d}", "text": " ".join(row)})
+            for client in range(size.clients)
+            for row in rng.choice(words, (rows_of(client), size.length - 1))
+        ]
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_plan(folder: Path, size: Size, plan: Plan) -> None:
+    """Write work.json."""
+    (folder / "work.json").write_text(json.dumps({"size": asdict(size), "plan": plan}))
 
 
 def read_tokens(folder: Path) -> list[Tensor]:
@@ -106,8 +131,8 @@ def build_model(folder: Path, size: Size) -> nn.Module:
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     settings = LoraConfig(
         r=size.rank,
-        lora_alpha=int(size.alpha),
-        target_modules=list(size.targets),
+        lora_alpha=size.alpha,
+        target_modules=list(TARGETS),
         task_type="CAUSAL_LM",
     )
     model: nn.Module = get_peft_model(base, settings)
@@ -145,26 +170,22 @@ def train_client(
 
 
 def plain_federation(
-    model: nn.Module,
-    tokens: Sequence[Tensor],
-    plan: Plan,
-    start: Mapping[str, Tensor],
-    lr: float,
+    model: nn.Module, work: Work, start: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """FedAvg without any framework: load the adapter, train, read it out, average by examples."""
     parameters = trainable(model)
     current = dict(start)
-    examples = sum(len(ids) for ids in tokens)
+    examples = sum(len(ids) for ids in work.tokens)
     model.train()
-    for clients in plan:
+    for clients in work.plan:
         sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in current.items()}
-        for ids, batches in zip(tokens, clients, strict=True):
+        for ids, batches in zip(work.tokens, clients, strict=True):
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(current[name])
-            train_client(model, parameters, ids, batches, lr)
+            train_client(model, parameters, ids, batches, work.size.lr)
             with torch.no_grad():
                 for name, parameter in parameters.items():
-                    sums[name].add_(parameter.detach().double(), alpha=len(ids) / examples)
+                    sums[name].add_(parameter.double(), alpha=len(ids) / examples)
         current = {name: total.float() for name, total in sums.items()}
     return current

@@ -176,11 +176,11 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Encode named tensors as a Flower ArrayRecord that Flower's own strategies can read too."""
-    return ArrayRecord({name: _array(_numpy(tensor)) for name, tensor in tensors.items()})
-
-
-def _array(values: np.ndarray) -> Array:
-    return Array(dtype=values.dtype.name, shape=values.shape, stype=_NUMPY, data=npy.dump(values))
+    record = ArrayRecord()  # filled here, since its constructor makes every Array anew
+    for name, tensor in tensors.items():
+        values = _numpy(tensor)
+        record[name] = Array(values.dtype.name, values.shape, _NUMPY, npy.dump(values))
+    return record
 
 
 def from_arrays(arrays: ArrayRecord) -> Tensors:

@@ -52,7 +52,12 @@ def error_reply(message: Message, error: Exception) -> Message:
     return Message(Error(code=code, reason=f"{type(error).__name__}: {error}"), reply_to=message)
 
 
-def write_app(folder: Path, run_config: Mapping[str, str | int | float | bool]) -> None:
+def write_app(
+    folder: Path,
+    run_config: Mapping[str, str | int | float | bool],
+    server_app: str = "server.app:app",
+    client_app: str = "client.app:app",
+) -> None:
     """Write the app folder that Flower is handed: one pyproject.toml, no code.
 
     Configuration travels, code does not: each side runs the FedGraft that is installed on it.
@@ -60,7 +65,7 @@ def write_app(folder: Path, run_config: Mapping[str, str | int | float | bool]) 
     flower = {
         "publisher": "fedgraft",
         "fab-include": ["/pyproject.toml"],
-        "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
+        "components": {"serverapp": server_app, "clientapp": client_app},
         "config": dict(run_config),
     }
     project = {

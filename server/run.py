@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
+from fedgraft import interrupts
 from fedgraft.adapter import Adapter, natural_order, to_arrays
 from fedgraft.config import Config
 from fedgraft.errors import ModelError, RunError
@@ -175,14 +176,17 @@ class FederatedRun(RoundHooks):
 
     def on_sampled(self, round: int, clients: list[str]) -> None:
         """Tell the screen whom the round asks."""
+        interrupts.check()
         self.progress.write(SAMPLED, round=round, clients=clients)
 
     def on_reply(self, round: int, client: str, trouble: str) -> None:
         """Tell the screen that a client has answered."""
+        interrupts.check()
         self.progress.write(REPLY, round=round, client=client, trouble=trouble)
 
     def on_round(self, outcome: RoundOutcome) -> bool:
         """Evaluate, record, checkpoint; return True when patience has run out."""
+        interrupts.check()
         self._record(outcome)
         assert self.books is not None
         stop = self._out_of_patience()

@@ -6,6 +6,7 @@ from typing import Literal
 
 from flwr.app import Context, RecordDict, UserConfig
 
+from fedgraft import interrupts
 from fedgraft.config import RUN_CONFIG_KEY, Config
 from fedgraft.flower import SERVER_NODE
 from fedgraft.run_directory import OUT_KEY, PERSONAL_KEY, RunDirectory
@@ -40,4 +41,5 @@ def run_engine(config: Config, directory: RunDirectory, engine: Engine = "in-pro
     settings = run_config(config, directory)
     grid = InProcessGrid(client_app, config.federation.clients, settings)
     context = Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), settings)
-    server_app(grid, context)
+    with interrupts.remembered():
+        server_app(grid, context)

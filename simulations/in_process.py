@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable
 from itertools import count
 
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -101,7 +101,10 @@ class InProcessGrid(Grid):
         try:
             reply = self._client_app(message=message, context=context)
         except Exception as error:  # what a SuperNode does with a ClientApp that raises
-            log.exception("client on node %d failed", context.node_id)
+            # Anybody's own ClientApp need not know FedGraft's question for its name.
+            asked = message.metadata.message_type.startswith(MessageType.QUERY)
+            level = logging.DEBUG if asked else logging.ERROR
+            log.log(level, "client on node %d failed", context.node_id, exc_info=True)
             return error_reply(message, error)
         set_message_id(reply, f"reply-{message.metadata.message_id}")
         return reply

@@ -9,6 +9,8 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,36 +31,46 @@ def run_under_ray(config: Config, directory: RunDirectory, run_config: UserConfi
     Raises:
         FedGraftError: what the ServerApp said, or that Flower failed (with its log).
     """
-    log_path = directory.path / "flower.log"
+    log = directory.path / "flower.log"
     reader = ProgressReader(directory.progress)
-    with (
-        tempfile.TemporaryDirectory(prefix="fedgraft-flower-") as scratch,
-        log_path.open("a") as log,
-    ):
-        home, app = Path(scratch) / "home", Path(scratch) / "app"
-        port = flower.free_port()
+    with tempfile.TemporaryDirectory(prefix="fedgraft-flower-") as scratch:
+        app = Path(scratch) / "app"
         flower.write_app(app, run_config)
-        flower.write_connection(home, port)
         settings = flower.simulation_settings(
             config.federation.clients, config.threads or 1, _gpus_per_client(config)
         )
-        environment = flower.flower_environment(home)
-        superlink = [
-            "flower-superlink",
-            "--insecure",
-            "--simulation",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--disable-runtime-dependency-installation",
-        ]
-        with flower.started(superlink, log, home, environment) as server:
-            flower.wait_for_port(port, server, log_path)
-            run = ["flwr", "run", str(app), flower.CONNECTION, "--stream"]
-            run += ["--federation-config", settings]
-            with flower.started(run, log, app, environment) as stream:
-                _follow(stream, reader, directory, log_path)
+        environment = flower.flower_environment(Path(scratch) / "home")
+        with submitted(app, settings, environment, log) as stream:
+            _follow(stream, reader, directory, log)
+
+
+@contextmanager
+def submitted(
+    app: Path, settings: str, environment: Mapping[str, str], log_path: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a SuperLink and hand it an app; the process yielded follows the run to its end.
+
+    Args:
+        app: the app's folder.
+        settings: of the simulation, as `flower.simulation_settings` writes them.
+        environment: for all of Flower's processes; its FLWR_HOME is the run's own.
+        log_path: where Flower's processes write.
+
+    Raises:
+        RunError: Flower did not start.
+    """
+    home, port = Path(environment["FLWR_HOME"]), flower.free_port()
+    flower.write_connection(home, port)
+    superlink = [
+        *("flower-superlink", "--insecure", "--simulation"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        "--disable-runtime-dependency-installation",
+    ]
+    run = ["flwr", "run", str(app), flower.CONNECTION, "--stream", "--federation-config", settings]
+    with log_path.open("a") as log, flower.started(superlink, log, home, environment) as server:
+        flower.wait_for_port(port, server, log_path)
+        with flower.started(run, log, app, environment) as stream:
+            yield stream
 
 
 def _follow(

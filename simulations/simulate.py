@@ -66,7 +66,7 @@ def resume(path: Path, settings: Mapping[str, Any]) -> tuple[Config, RunDirector
     config = directory.config()
     changed = config.with_overrides(settings)
     before, after = flatten(config.to_dict()), flatten(changed.to_dict())
-    for key in sorted(before.keys() | after.keys()):
+    for key in [*settings, *sorted(before.keys() | after.keys())]:
         if before.get(key) != after.get(key) and key not in RESUMABLE:
             raise ConfigError(
                 f"{key} cannot be changed by a resume",

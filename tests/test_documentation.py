@@ -15,7 +15,7 @@ from strategies.registry import rule_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-ROW = re.compile(r"^\| `(?P<key>[a-z.-]+)` \| (?P<default>.*?) \|", re.MULTILINE)
+ROW = re.compile(r"^\| `(?P<key>[a-z.-]+)` \| (?P<default>[^|]*?) \|[^|]*\|$", re.MULTILINE)
 
 
 def documented() -> dict[str, str]:

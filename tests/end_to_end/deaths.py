@@ -82,9 +82,7 @@ def writing_a_checkpoint(round: int) -> None:
 
 def renaming_a_checkpoint(round: int) -> None:
     """A checkpoint's temporary file is whole, and not yet renamed."""
-    _writing(
-        lambda path: path.parent.name == "checkpoints" and str(round) in path.name, whole=True
-    )
+    _writing(lambda path: path.parent.name == "checkpoints" and str(round) in path.name, whole=True)
 
 
 def writing_personal_state(round: int) -> None:

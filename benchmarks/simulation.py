@@ -1,0 +1,339 @@
+"""Measure the in-process simulation: FedGraft against a plain loop, Flower under Ray and pfl.
+
+    python benchmarks/simulation.py
+    python benchmarks/simulation.py --pfl-python /path/to/an/interpreter/with/pfl
+    python benchmarks/simulation.py --quick    # (a) and (b) at tiny size, in seconds
+
+One piece of work for all: a tiny Llama with random weights (hidden 128, 4 layers, LoRA r=8 on q and
+v), 20 clients, 5 rounds, 4 AdamW steps of 4 x 32 synthetic tokens a client and round, one thread,
+training and aggregation only:
+
+(a) a plain PyTorch loop over the same steps;
+(b) FedGraft in process: its strategy and its ClientApp;
+(c) the same ClientApp under Flower's Ray simulation;
+(d) a ClientApp that rebuilds the model for every message, as FlowerTune's does, under the same;
+(e) pfl-research, where an interpreter that has it is named.
+
+(a), (b) and what evaluation and checkpoints add to (b) take turns, so that a busy spell of the
+machine hits all; a ratio is the median over turns. Every rival must end with the same adapter. The
+clock of (b), (c) and (d) runs from the first training message to the last aggregate; what comes
+before (starting Flower, asking clients for their names) is in the column "whole". Exits with status
+1 where adapters differ or a target is missed: (b) at most 1.1 x (a), and 3 x faster than (d).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from simulation_flower import REBUILDING, RESIDENT, Clock, federate, run_under_ray
+from simulation_workload import (
+    TARGETS,
+    TINY,
+    Plan,
+    Size,
+    Work,
+    build_model,
+    plain_federation,
+    write,
+    write_plan,
+)
+from torch import Tensor
+
+from client.app import app as client_app
+from client.trainer import batch_indices
+from fedgraft.config import RUN_CONFIG_KEY, Config
+from fedgraft.logs import hushed
+from fedgraft.resident_model import ResidentModel, resident_model, resident_task
+from fedgraft.seeds import stream
+from fedgraft.tasks.task import Task
+from server.checkpoint import Checkpoint, Checkpoints
+from simulations.in_process import InProcessGrid
+from strategies.rounds import RoundOutcome
+
+PLAIN_TARGET = 1.1
+REBUILDING_TARGET = 3.0
+TOLERANCE = 1e-6  # between adapters; FedGraft's own two engines must agree bit for bit
+Adapter = dict[str, Tensor]
+
+
+@dataclass
+class Row:
+    """One rival: seconds of each turn (wall, and of this process's processor), and its adapter."""
+
+    label: str
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    adapter: Adapter = field(default_factory=dict)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    console = Console(width=110)
+    with tempfile.TemporaryDirectory(prefix="fedgraft-benchmark-") as scratch, hushed():
+        bench = Bench(Path(scratch), TINY if args.quick else Size())
+        console.print(conditions(bench.work.size))
+        rows = bench.take_turns(1 if args.quick else args.repeats)
+        if not args.quick:
+            if not args.without_flower:
+                rows["c"] = bench.under_ray("(c) the same ClientApp, Flower's Ray", RESIDENT)
+                rows["d"] = bench.under_ray("(d) rebuilt per call, Flower's Ray", REBUILDING)
+            rows |= bench.under_pfl(console, args.pfl_python, args.repeats)
+    console.print(table(rows))
+    console.print(f"load average {load()} at the end")
+    verdicts = check_adapters(rows) + ([] if args.quick else check_times(rows))
+    for met, text in verdicts:
+        console.print(f"{text}: {'met' if met else 'MISSED'}")
+    return 0 if all(met for met, _ in verdicts) else 1
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="turns; medians count")
+    parser.add_argument("--quick", action="store_true", help="check adapters only, at tiny size")
+    parser.add_argument("--without-flower", action="store_true", help="leave out (c) and (d)")
+    parser.add_argument("--pfl-python", type=Path, help="an interpreter that has pfl")
+    return parser.parse_args(argv)
+
+
+def conditions(size: Size) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "flwr", "ray"))
+    return (
+        f"{date.today()}, {platform.platform()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {packages}\n"
+        f"{size.clients} clients, {size.rounds} rounds, {size.steps} steps of {size.batch} x "
+        f"{size.length} tokens, hidden {size.hidden}, {size.layers} layers, r={size.rank}; one "
+        f"thread a process; load average {load()} at the start"
+    )
+
+
+def load() -> str:
+    return " ".join(f"{value:.1f}" for value in os.getloadavg())
+
+
+class Bench:
+    """The work in a folder, and everything loaded that stays loaded."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        self.folder = folder
+        write(folder, size)
+        self.config = config(folder, size)
+        self.task: Task = resident_task(self.config)
+        self.model: ResidentModel = resident_model(self.task, self.config)
+        self.start = self.model.initial_adapter(self.config.seed).tensors()
+        save_file(self.start, folder / "start.safetensors")
+        write_plan(folder, size, plan(self.config, size))
+        self.work = Work.read(folder)
+        self.plain_model = build_model(folder, size)
+
+    def take_turns(self, repeats: int) -> dict[str, Row]:
+        """Run (a), (b) and (b) with one more duty each, in turn."""
+        rivals: dict[str, tuple[str, Callable[[], tuple[Adapter, float]]]] = {
+            "a": ("(a) plain PyTorch loop", self.plain),
+            "b": ("(b) FedGraft in process", self.in_process),
+            "clients": ("    + every client validates", lambda: self.in_process(1)),
+            "server": ("    + the server validates", lambda: self.in_process(0, self.evaluating())),
+            "save": ("    + a checkpoint a round", lambda: self.in_process(0, self.saving())),
+        }
+        rows = {key: Row(label) for key, (label, _) in rivals.items()}
+        for turn in range(repeats + 1):
+            for key, (_, run) in rivals.items():
+                gc.collect()
+                wall, processor = time.perf_counter(), time.process_time()
+                rows[key].adapter, seconds = run()
+                if turn > 0:  # the first one warms up
+                    rows[key].processor.append(time.process_time() - processor)
+                    rows[key].whole.append(time.perf_counter() - wall)
+                    rows[key].seconds.append(seconds or rows[key].whole[-1])
+        return rows
+
+    def plain(self) -> tuple[Adapter, float]:
+        return plain_federation(self.plain_model, self.work, self.start), 0.0
+
+    def in_process(
+        self, evaluate_every: int = 0, hooks: Clock | None = None
+    ) -> tuple[Adapter, float]:
+        clock = hooks or Clock()
+        settings = {RUN_CONFIG_KEY: self.config.to_json()}
+        grid = InProcessGrid(client_app, self.work.size.clients, settings)
+        made = federate(grid, self.config, self.start, clock, evaluate_every)
+        return made, clock.seconds
+
+    def evaluating(self) -> Clock:
+        bench = self
+
+        class Evaluating(Clock):
+            def on_round(self, outcome: RoundOutcome) -> bool:
+                bench.model.evaluate(bench.task, outcome.state.adapter, bench.task.validation())
+                return super().on_round(outcome)
+
+        return Evaluating()
+
+    def saving(self) -> Clock:
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=2)
+
+        class Saving(Clock):
+            def on_round(self, outcome: RoundOutcome) -> bool:
+                checkpoints.save(Checkpoint(outcome.state, outcome.state.adapter, {}))
+                return super().on_round(outcome)
+
+        return Saving()
+
+    def under_ray(self, label: str, apps: tuple[str, str]) -> Row:
+        adapter, seconds, whole = run_under_ray(self.folder, apps, self.config)
+        return Row(label, [seconds], [], [whole], adapter)
+
+    def under_pfl(self, console: Console, python: Path | None, repeats: int) -> dict[str, Row]:
+        """Run (e), its own turns with the plain loop included; empty where there is no pfl."""
+        if python is None:
+            console.print("(e) pfl-research: unavailable, no --pfl-python was named")
+            return {}
+        script = Path(__file__).parent / "simulation_pfl.py"
+        command = [str(python), str(script), str(self.folder), str(repeats)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            console.print(f"(e) pfl-research: unavailable, {last}")
+            return {}
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        plain, seconds = (list(column) for column in zip(*found["pairs"], strict=True))
+        adapter = load_file(self.folder / "pfl.safetensors")
+        return {
+            "e0": Row(f"(a) again, beside (e), torch {found['torch']}", plain, [], plain),
+            "e": Row(f"(e) pfl-research {found['version']}", seconds, [], seconds, adapter),
+        }
+
+
+def config(folder: Path, size: Size) -> Config:
+    """FedGraft's config of the work."""
+    return Config.from_dict(
+        {
+            "task.name": "causal-lm",
+            "task.data": str(folder / "data"),
+            "task.template": "{text}",
+            "task.max-length": size.length,
+            "model.base": str(folder / "base"),
+            "model.device": "cpu",
+            "adapter.rank": size.rank,
+            "adapter.alpha": float(size.alpha),
+            "adapter.targets": list(TARGETS),
+            "federation.clients": size.clients,
+            "federation.rounds": size.rounds,
+            "federation.partition": "natural",
+            "federation.partition-column": "client",
+            "train.steps": size.steps,
+            "train.batch-size": size.batch,
+            "train.lr": size.lr,
+            "train.schedule": "constant",
+            "train.grad-clip": 0.0,
+            "train.loss": "all",
+            "threads": 1,
+        }
+    )
+
+
+def plan(config: Config, size: Size) -> Plan:
+    """The batches that FedGraft's trainer draws, for its rivals to take too."""
+    made: Plan = []
+    for round in range(1, size.rounds + 1):
+        made.append([])
+        for client in range(size.clients):
+            rng = stream(config.seed, "batches", round=round, client=str(client))
+            batches = batch_indices(size.rows(client), size.batch, rng)
+            made[-1].append([next(batches).tolist() for _ in range(size.steps)])
+    return made
+
+
+# What is printed
+
+
+def table(rows: Mapping[str, Row]) -> Table:
+    made = Table(title="Seconds, and ratios to (a)")
+    made.add_column("")
+    for column in ("median", "least", "most", "ratio", "processor ratio", "whole", "adapter"):
+        made.add_column(column, justify="right")
+    for key, row in rows.items():
+        beside = rows["e0" if key.startswith("e") else "a"]
+        made.add_row(
+            row.label,
+            f"{statistics.median(row.seconds):.2f}",
+            f"{min(row.seconds):.2f}",
+            f"{max(row.seconds):.2f}",
+            f"{ratio(row.seconds, beside.seconds):.2f}",
+            f"{ratio(row.processor, beside.processor):.2f}" if row.processor else "",
+            f"{statistics.median(row.whole):.2f}",
+            difference(row.adapter, rows["a"].adapter) if row.adapter and key != "a" else "",
+        )
+    return made
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """The median over turns where both took the same turns, else the ratio of the medians."""
+    if len(seconds) == len(others):
+        return statistics.median(s / o for s, o in zip(seconds, others, strict=True))
+    return statistics.median(seconds) / statistics.median(others)
+
+
+def distance(adapter: Adapter, other: Adapter) -> float:
+    """Largest absolute difference of an entry; infinite where names differ."""
+    if adapter.keys() != other.keys():
+        return float("inf")
+    return max(float((adapter[name] - other[name]).abs().max()) for name in adapter)
+
+
+def difference(adapter: Adapter, other: Adapter) -> str:
+    found = distance(adapter, other)
+    return "equal" if found == 0.0 else f"within {found:.0e}"
+
+
+def check_adapters(rows: Mapping[str, Row]) -> list[tuple[bool, str]]:
+    plain = rows["a"].adapter
+    verdicts = [
+        (
+            all(distance(r.adapter, plain) <= TOLERANCE for r in rows.values() if r.adapter),
+            f"all end with the adapter of (a), within {TOLERANCE:g}",
+        )
+    ]
+    if "c" in rows:
+        same = distance(rows["b"].adapter, rows["c"].adapter) == 0.0
+        verdicts.append((same, "(b) and (c) end with the same adapter, bit for bit"))
+    return verdicts
+
+
+def check_times(rows: Mapping[str, Row]) -> list[tuple[bool, str]]:
+    found = ratio(rows["b"].seconds, rows["a"].seconds)
+    verdicts = [
+        (found <= PLAIN_TARGET, f"(b) takes {found:.2f} x (a), target {PLAIN_TARGET:g} at most")
+    ]
+    if "d" in rows:
+        found = ratio(rows["d"].seconds, rows["b"].seconds)
+        text = f"(b) is {found:.1f} x faster than (d), target {REBUILDING_TARGET:g} at least"
+        verdicts.append((found >= REBUILDING_TARGET, text))
+    return verdicts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
