@@ -17,6 +17,7 @@ from fedgraft.logs import quiet
 from fedgraft.run_directory import OUT_KEY, RunDirectory
 from server.progress import FAILED, ProgressWriter
 from server.run import run_federation
+from server.units import Unit
 
 log = logging.getLogger(__name__)
 app = ServerApp()
@@ -29,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     directory = _directory(context, config)
     with directory.held(), quiet(directory.log):
         try:
-            run_federation(grid, config, directory)
+            summary = run_federation(grid, config, directory)
         except FedGraftError as error:
             log.error("%s", error)
             _tell(directory, error.message, error.remedy, error.exit_status)
@@ -38,6 +39,14 @@ def main(grid: Grid, context: Context) -> None:
             log.exception("the run failed")
             _tell(directory, f"{type(error).__name__}: {error}", f"See {directory.log}.", 1)
             raise
+    if RUN_CONFIG_KEY not in context.run_config:
+        unit = Unit(summary["metric"])
+        _say(f"test {unit.name} {unit.value(summary['final'])}; see fedgraft report {directory.path}")
+
+
+def _say(text: str) -> None:
+    """Print to where nobody else does, under `flwr run`: Flower carries it to the terminal."""
+    print(f"FedGraft: {text}", flush=True)
 
 
 def _directory(context: Context, config: Config) -> RunDirectory:
@@ -57,7 +66,7 @@ def _directory(context: Context, config: Config) -> RunDirectory:
     name = f"{config.strategy.name}-{datetime.now():%Y%m%d-%H%M%S}"
     path = Path(out) if out else Path.home() / "fedgraft-runs" / name
     directory = RunDirectory.create(path, config, lineage=uuid.uuid4().hex)
-    print(f"FedGraft keeps this run in {path}", flush=True)  # Flower carries it to the terminal
+    _say(f"this run is kept in {path}")
     return directory
 
 

@@ -156,14 +156,13 @@ class Screen:
                 self._say(f"{name}: {run.line()}")
 
     def _draw(self, run: _Run, bars: Progress) -> None:
-        if run.active and run.bar is None:
-            run.bar = bars.add_task(run.label, total=1.0, detail="", left="")
+        if run.done or not (run.active or self._jobs == 1):
+            if run.bar is not None:
+                bars.remove_task(run.bar)
+                run.bar = None
+            return
         if run.bar is None:
-            return
-        if not run.active:
-            bars.remove_task(run.bar)
-            run.bar = None
-            return
+            run.bar = bars.add_task(run.label, total=1.0, detail="", left="")
         room = self.console.width - min(len(run.label), self.console.width // 3) - 23
         bars.update(
             run.bar,
@@ -251,7 +250,7 @@ class _Run:
             self._value = event["value"] if event["value"] is not None else self._value
             self._loss = event["loss"]
         elif kind == FINISHED:
-            self.active, self.done = False, True
+            self.done = True
         self.pace.note(self.share)
 
     def line(self) -> str:
@@ -267,6 +266,8 @@ class _Run:
 
     def detail(self, room: int) -> str:
         """Return the same and the clients that have answered, as far as the columns reach."""
+        if not self.active:
+            return "starting"
         parts = {"round": f"{self.round}/{self.rounds}"}
         if self._value is not None:
             parts["validation"] = f"validation {self.unit.value(self._value)}"

@@ -201,7 +201,8 @@ def test_the_loss_is_the_mean_over_steps(model: ResidentModel, digits: Task, sta
     trained = train(model, digits, examples, start, work(steps=1))
     first = next(batch_indices(len(examples), BATCH, stream(0, "batches", round=1, client="0")))
     batch = examples.batch(first)
-    logits = digits.load_base()(pixel_values=batch["pixel_values"]).logits
+    with torch.no_grad():
+        logits = digits.load_base()(pixel_values=batch["pixel_values"]).logits
     assert trained.loss == pytest.approx(float(functional.cross_entropy(logits, batch["labels"])))
     assert (trained.steps, trained.optimizer) == (1, {}) and trained.seconds > 0
 
@@ -260,6 +261,37 @@ def test_training_b_alone_leaves_a_bit_identical(
     left = model.read()
     for name, tensor in start.items():
         assert torch.equal(left[name], tensor) == ("lora_A" in name)
+
+
+class Watched(Digits):
+    """The digits on a base with batch normalisation; notes which parameters want a gradient."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.wanted: set[str] = set()
+
+    def load_base(self) -> nn.Module:
+        base = super().load_base()
+        base.add_module("norm", nn.BatchNorm1d(2))
+        return base
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+        model.get_submodule("base_model.model.norm")(torch.randn(8, 2))
+        return super().loss(model, batch)
+
+
+def test_only_what_trains_gets_a_gradient_and_no_statistics_are_gathered(
+    tiny: Config, start: Tensors
+):
+    task = Watched(tiny)
+    model = ResidentModel(task, tiny)
+    frozen = model.frozen_digest()
+    train(model, task, task.train(0), start, work(factors="B"))
+    assert len(task.wanted) == 12 + 2 and not any("lora_A" in name for name in task.wanted)
+    assert model.frozen_digest() == frozen
+    train(model, task, task.train(0), start, work())
+    assert len(task.wanted) == 24 + 2
 
 
 # What ends a client's work

@@ -1,9 +1,8 @@
 """Imported by the server that tests fork processes from: libraries, data and base are loaded."""
 
-import client.app
-import server.app
-import simulations.compare  # noqa: F401
 from command_line import SMALL
+
+import simulations.compare  # noqa: F401
 from fedgraft.config import Config
 from simulations.check import check
 

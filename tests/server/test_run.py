@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -285,6 +286,8 @@ def die_at(
     monkeypatch: pytest.MonkeyPatch, target: Any, name: str, call: int
 ) -> Callable[[], None]:
     """Let one call of a function be the last thing that the process does."""
+    if isinstance(target, str):
+        target = importlib.import_module(target)
     original = getattr(target, name)
     count = 0
 
@@ -351,8 +354,6 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
     monkeypatch: pytest.MonkeyPatch,
 ):
     target, name, call = PLACES[place]
-    if isinstance(target, str):
-        target = __import__(target, fromlist=["x"])
     if (place, every) == ("in the last checkpoint", 3):  # rounds 0, 3 and 4 are saved
         call = 3
     directory = new(tmp_path / "run", tiny, **LONG, **every_(every))
@@ -373,6 +374,25 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
     }
     kept = {path.name for path in directory.personal.rglob("*.safetensors")}
     assert kept == {path.name for path in straight.personal.rglob("*.safetensors")}
+
+
+def test_the_best_adapter_so_far_outlives_a_crash(
+    validations: Callable[..., None],
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    directory = new(tmp_path / "run", tiny, checkpoint__keep=9)
+    validations(0.1, 0.9, 0.2)
+    revive = die_at(monkeypatch, "client.app", "train", 6)
+    with pytest.raises(Killed):
+        go(directory)
+    revive()
+    validations(0.3)  # of round 3; the best is of round 1
+    assert go(directory)["best_round"] == 1
+    first = read_tensors(directory.checkpoints / "round-000001.safetensors")[0]
+    made = saved(directory)
+    assert all(torch.equal(made[n], first[f"adapter/{n}"]) for n in made)
 
 
 def test_a_damaged_newest_checkpoint_costs_one_round(

@@ -24,6 +24,7 @@ from fake_grid import (
     run,
 )
 from flwr.app import Array, ArrayRecord, Error, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
 
 from fedgraft.adapter import Tensors, from_arrays, to_arrays
 from fedgraft.errors import RunError
@@ -174,7 +175,7 @@ def test_metrics_that_are_nonsense_are_left_out_and_the_update_is_used():
 
     outcome = run(grid=FakeGrid(nodes(c1=Bad("1", answer=answer)))).last
     assert outcome.reports["1"].metrics == {"seconds": 2.0}
-    assert outcome.reports["0"].metrics["loss"] == 1.0
+    assert outcome.reports["0"].metrics["loss"] == 10 / 7
 
 
 def test_too_few_usable_updates_end_the_run_with_every_reason():
@@ -213,6 +214,16 @@ def test_a_run_that_failed_can_go_on_with_the_same_strategy():
         strategy.start(grid, ARRAYS, num_rounds=1)
     grid.nodes[100] = Client("0")
     result = strategy.start(grid, ARRAYS, num_rounds=1)
+    assert from_arrays(result.arrays)[A0].equal(run().last.state.adapter.tensors()[A0])
+
+
+def test_flowers_own_loop_can_go_on_after_a_round_that_failed():
+    grid = FakeGrid(nodes(c0=Bad("0", answer=REFUSED["NaN"][0])))
+    strategy = AdapterStrategy(scaling=2.0, min_clients=4)
+    with pytest.raises(RunError):
+        Strategy.start(strategy, grid, ARRAYS, num_rounds=1, timeout=1)
+    grid.nodes[100] = Client("0")
+    result = Strategy.start(strategy, grid, ARRAYS, num_rounds=1, timeout=1)
     assert from_arrays(result.arrays)[A0].equal(run().last.state.adapter.tensors()[A0])
 
 

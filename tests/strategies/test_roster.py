@@ -92,6 +92,12 @@ def test_a_newcomer_cannot_take_anothers_name_and_the_run_goes_on():
     assert seen.last.state.adapter.digest() == honest.last.state.adapter.digest()
 
 
+def test_of_two_newcomers_of_one_name_the_lower_id_bears_it_whoever_answers_first():
+    for shuffle in range(5):
+        roster = refreshed(FakeGrid({9: Client("a"), 4: Client("a"), 6: Client("b")}, shuffle))
+        assert roster.node_of("a") == 4 and roster.names() == ["a", "b"]
+
+
 def test_a_client_that_came_back_under_a_new_id_takes_its_name_over():
     grid = FakeGrid(nodes(("a", "b")))
     roster = refreshed(grid)
