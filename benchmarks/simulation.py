@@ -29,22 +29,20 @@ import json
 import logging
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from simulation_flower import REBUILDING, RESIDENT, Clock, federate, run_under_ray
+from simulation_table import Adapter, Row, check_adapters, check_times, table
 from simulation_workload import (
     TARGETS,
     TINY,
@@ -56,7 +54,6 @@ from simulation_workload import (
     write,
     write_plan,
 )
-from torch import Tensor
 
 from client.app import app as client_app
 from client.trainer import batch_indices
@@ -68,22 +65,6 @@ from fedgraft.tasks.task import Task
 from server.checkpoint import Checkpoint, Checkpoints
 from simulations.in_process import InProcessGrid
 from strategies.rounds import RoundOutcome
-
-PLAIN_TARGET = 1.1
-REBUILDING_TARGET = 3.0
-TOLERANCE = 1e-6  # between adapters; FedGraft's own two engines must agree bit for bit
-Adapter = dict[str, Tensor]
-
-
-@dataclass
-class Row:
-    """One rival: seconds of each turn (wall, and of this process's processor), and its adapter."""
-
-    label: str
-    seconds: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
-    adapter: Adapter = field(default_factory=dict)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             if not args.without_flower:
                 rows["c"] = bench.under_ray("(c) the same ClientApp, Flower's Ray", RESIDENT)
                 rows["d"] = bench.under_ray("(d) rebuilt per call, Flower's Ray", REBUILDING)
-            rows |= bench.under_pfl(console, args.pfl_python, args.repeats)
+            rows |= bench.under_pfl(args.pfl_python, args.repeats)
     console.print(table(rows))
     console.print(f"load average {load()} at the end")
     verdicts = check_adapters(rows) + ([] if args.quick else check_times(rows))
@@ -112,7 +93,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=7, help="turns; medians count")
+    parser.add_argument("--repeats", type=int, default=5, help="turns; medians count")
     parser.add_argument("--quick", action="store_true", help="check adapters only, at tiny size")
     parser.add_argument("--without-flower", action="store_true", help="leave out (c) and (d)")
     parser.add_argument("--pfl-python", type=Path, help="an interpreter that has pfl")
@@ -206,18 +187,16 @@ class Bench:
         adapter, seconds, whole = run_under_ray(self.folder, apps, self.config)
         return Row(label, [seconds], [], [whole], adapter)
 
-    def under_pfl(self, console: Console, python: Path | None, repeats: int) -> dict[str, Row]:
-        """Run (e), its own turns with the plain loop included; empty where there is no pfl."""
+    def under_pfl(self, python: Path | None, repeats: int) -> dict[str, Row]:
+        """Run (e) and, in turn with it, the plain loop; a row without times where it cannot be."""
         if python is None:
-            console.print("(e) pfl-research: unavailable, no --pfl-python was named")
-            return {}
+            return {"e": Row("(e) pfl-research: unavailable, no --pfl-python")}
         script = Path(__file__).parent / "simulation_pfl.py"
         command = [str(python), str(script), str(self.folder), str(repeats)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            console.print(f"(e) pfl-research: unavailable, {last}")
-            return {}
+            last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+            return {"e": Row(f"(e) pfl-research: unavailable, {last}")}
         found = json.loads(done.stdout.strip().splitlines()[-1])
         plain, seconds = (list(column) for column in zip(*found["pairs"], strict=True))
         adapter = load_file(self.folder / "pfl.safetensors")
@@ -265,74 +244,6 @@ def plan(config: Config, size: Size) -> Plan:
             batches = batch_indices(size.rows(client), size.batch, rng)
             made[-1].append([next(batches).tolist() for _ in range(size.steps)])
     return made
-
-
-# What is printed
-
-
-def table(rows: Mapping[str, Row]) -> Table:
-    made = Table(title="Seconds, and ratios to (a)")
-    made.add_column("")
-    for column in ("median", "least", "most", "ratio", "processor ratio", "whole", "adapter"):
-        made.add_column(column, justify="right")
-    for key, row in rows.items():
-        beside = rows["e0" if key.startswith("e") else "a"]
-        made.add_row(
-            row.label,
-            f"{statistics.median(row.seconds):.2f}",
-            f"{min(row.seconds):.2f}",
-            f"{max(row.seconds):.2f}",
-            f"{ratio(row.seconds, beside.seconds):.2f}",
-            f"{ratio(row.processor, beside.processor):.2f}" if row.processor else "",
-            f"{statistics.median(row.whole):.2f}",
-            difference(row.adapter, rows["a"].adapter) if row.adapter and key != "a" else "",
-        )
-    return made
-
-
-def ratio(seconds: list[float], others: list[float]) -> float:
-    """The median over turns where both took the same turns, else the ratio of the medians."""
-    if len(seconds) == len(others):
-        return statistics.median(s / o for s, o in zip(seconds, others, strict=True))
-    return statistics.median(seconds) / statistics.median(others)
-
-
-def distance(adapter: Adapter, other: Adapter) -> float:
-    """Largest absolute difference of an entry; infinite where names differ."""
-    if adapter.keys() != other.keys():
-        return float("inf")
-    return max(float((adapter[name] - other[name]).abs().max()) for name in adapter)
-
-
-def difference(adapter: Adapter, other: Adapter) -> str:
-    found = distance(adapter, other)
-    return "equal" if found == 0.0 else f"within {found:.0e}"
-
-
-def check_adapters(rows: Mapping[str, Row]) -> list[tuple[bool, str]]:
-    plain = rows["a"].adapter
-    verdicts = [
-        (
-            all(distance(r.adapter, plain) <= TOLERANCE for r in rows.values() if r.adapter),
-            f"all end with the adapter of (a), within {TOLERANCE:g}",
-        )
-    ]
-    if "c" in rows:
-        same = distance(rows["b"].adapter, rows["c"].adapter) == 0.0
-        verdicts.append((same, "(b) and (c) end with the same adapter, bit for bit"))
-    return verdicts
-
-
-def check_times(rows: Mapping[str, Row]) -> list[tuple[bool, str]]:
-    found = ratio(rows["b"].seconds, rows["a"].seconds)
-    verdicts = [
-        (found <= PLAIN_TARGET, f"(b) takes {found:.2f} x (a), target {PLAIN_TARGET:g} at most")
-    ]
-    if "d" in rows:
-        found = ratio(rows["d"].seconds, rows["b"].seconds)
-        text = f"(b) is {found:.1f} x faster than (d), target {REBUILDING_TARGET:g} at least"
-        verdicts.append((found >= REBUILDING_TARGET, text))
-    return verdicts
 
 
 if __name__ == "__main__":

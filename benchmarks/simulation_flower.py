@@ -138,18 +138,18 @@ def train_rebuilding(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     _work = _work or Work.read(folder)
     client = int(context.node_config["partition-id"])
-    round = int(message.content["config"]["server-round"])
+    round = int(str(message.content.config_records["config"]["server-round"]))
     AutoTokenizer.from_pretrained(folder / "base")
     model = build_model(folder, _work.size)
-    set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
+    arrays = message.content.array_records["arrays"]
+    set_peft_model_state_dict(model, arrays.to_torch_state_dict())
     model.train()
     ids = _work.tokens[client]
     train_client(model, trainable(model), ids, _work.plan[round - 1][client], _work.size.lr)
-    content = {
-        "arrays": ArrayRecord(get_peft_model_state_dict(model)),
-        "metrics": MetricRecord({"num-examples": len(ids)}),
-    }
-    return Message(RecordDict(content), reply_to=message)
+    reply = RecordDict()
+    reply["arrays"] = ArrayRecord(get_peft_model_state_dict(model))
+    reply["metrics"] = MetricRecord({"num-examples": len(ids)})
+    return Message(reply, reply_to=message)
 
 
 # Running them

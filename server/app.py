@@ -41,7 +41,9 @@ def main(grid: Grid, context: Context) -> None:
             raise
     if RUN_CONFIG_KEY not in context.run_config:
         unit = Unit(summary["metric"])
-        _say(f"test {unit.name} {unit.value(summary['final'])}; see fedgraft report {directory.path}")
+        _say(
+            f"test {unit.name} {unit.value(summary['final'])}; see fedgraft report {directory.path}"
+        )
 
 
 def _say(text: str) -> None:

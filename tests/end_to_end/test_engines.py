@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import psutil
 import pytest
 from command_line import call, outcome, run, settings
 
+from fedgraft.config import Config
 from fedgraft.flower import flower_environment
 
 ROOT = Path(__file__).parents[2]
@@ -88,34 +91,53 @@ def flwr(tmp_path: Path) -> Iterator[Callable[..., str]]:
         process.kill()
 
 
-def test_a_checkout_is_an_app_with_scalar_keys() -> None:
-    """What `flwr run .` reads of pyproject.toml is a valid config, small, for as many nodes."""
-    import tomllib
-
-    from fedgraft.config import Config
-
+def test_the_keys_of_a_checkout_are_a_config() -> None:
+    """What `flwr run .` reads of pyproject.toml fits the two nodes that Flower simulates."""
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     config = Config.from_run_config(app["config"])
-    assert all(isinstance(value, str | int | float) for value in app["config"].values())
-    assert config.federation.rounds <= 5 and config.task.name == "digits"
+    assert config.federation.clients == 2 and config.federation.rounds <= 5
+
+
+EXAMPLE = """
+[project]
+name = "example"
+version = "1.0.0"
+description = "docs/examples/flower_app.py as an app"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "me"
+
+[tool.flwr.app.components]
+serverapp = "flower_app:app"
+clientapp = "flower_app:client"
+"""
 
 
 @pytest.mark.slow
 def test_flwr_run_in_a_checkout_and_of_the_example(
     flwr: Callable[..., str], tmp_path: Path
 ) -> None:
-    checkout, nodes = tmp_path / "checkout", "num-supernodes=2"
-    checkout.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+    """Both by the plain command; the second one finds the first one's SuperLink running."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "server", checkout / "server")  # code does not travel, whatever is there
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "Makefile"):
         shutil.copy(ROOT / name, checkout)
-    shutil.copytree(ROOT / "server", checkout / "server")
-    keys = '"federation.rounds"=1 "federation.clients"=2 "train.steps"=1'
-    said = flwr(
-        *("run", ".", "local", "--stream", "--federation-config", nodes),
-        *("--run-config", keys.replace('"', "")),
-        cwd=checkout,
-    )
-    runs = list((tmp_path / "fedgraft-runs").iterdir())
-    assert len(runs) == 1 and f"FedGraft keeps this run in {runs[0]}" in said
-    assert json.loads((runs[0] / "summary.json").read_text())["rounds"] == 1
-    assert (runs[0] / "adapter" / "adapter_model.safetensors").exists()
+    keys = "federation.rounds=1 train.steps=1"
+    said = flwr("run", ".", "local", "--stream", "--run-config", keys, cwd=checkout)
+    (directory,) = (tmp_path / "fedgraft-runs").iterdir()
+    assert f"FedGraft: this run is kept in {directory}" in said
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["rounds"], summary["clients"], summary["client_steps"]) == (1, 2, 2)
+    assert f"FedGraft: test accuracy {100 * summary['final']:.1f}%" in said
+    assert (directory / "adapter" / "adapter_model.safetensors").exists()
+
+    example = tmp_path / "example"
+    example.mkdir()
+    shutil.copy(ROOT / "docs" / "examples" / "flower_app.py", example)
+    (example / "pyproject.toml").write_text(EXAMPLE)
+    nodes = ("--federation-config", "num-supernodes=4")
+    said = flwr("run", ".", "local", "--stream", *nodes, cwd=example)
+    losses = [float(loss) for loss in re.findall(r"mean training loss ([0-9.]+)", said)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
