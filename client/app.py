@@ -15,7 +15,7 @@ from client.personal import PersonalStore
 from client.trainer import Assignment, train
 from fedgraft.adapter import Adapter, Tensors, digest, parse_factor, to_arrays
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, FedGraftError, UpdateError
+from fedgraft.errors import ConfigError, DiskFullError, FedGraftError, UpdateError
 from fedgraft.messages import Hello, Reply, TrainRequest
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.run_directory import PERSONAL_KEY
@@ -38,6 +38,8 @@ def train_round(message: Message, context: Context) -> Message:
     """Train the received adapter on this client's data."""
     try:
         reply = _train(message, context)
+    except DiskFullError:
+        raise  # whoever runs this client decides whether others are concerned
     except FedGraftError as error:
         reply = _refusal(error)
     return Message(reply.encode(), reply_to=message)

@@ -51,3 +51,7 @@ class UpdateError(FedGraftError):
 
 class RunError(FedGraftError):
     """A federation that could not go on (too few clients, a full disk, a damaged checkpoint)."""
+
+
+class DiskFullError(RunError):
+    """The disk of this process is full: where client and server share it, the run cannot go on."""

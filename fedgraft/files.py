@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedgraft.adapter import Tensors
-from fedgraft.errors import RunError
+from fedgraft.errors import DiskFullError, RunError
 
 METADATA_KEY = "fedgraft"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -26,13 +26,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an error that says what to do.
 
     Raises:
+        DiskFullError: there is no space left.
         RunError: the file could not be written; what stood there before is untouched.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise RunError(
+            raise DiskFullError(
                 f"the disk is full: {path} could not be written",
                 "Free some space and continue; everything written before is intact.",
             ) from error

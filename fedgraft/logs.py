@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedgraft.files import disk_errors
@@ -60,7 +60,8 @@ def quiet(path: Path) -> Iterator[None]:
         root.setLevel(root_level)
         for logger, handlers, propagate in saved:
             logger.handlers, logger.propagate = handlers, propagate
-        handler.close()
+        with suppress(OSError):  # what a full disk kept back is given up
+            handler.close()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedgraft.errors import DiskFullError
 from fedgraft.flower import SERVER_NODE, error_reply, set_identity, set_message_id
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             reply = self._client_app(message=message, context=context)
+        except DiskFullError:
+            raise  # it is the disk of all clients, and of the server
         except Exception as error:  # what a SuperNode does with a ClientApp that raises
             # Anybody's own ClientApp need not know FedGraft's question for its name.
             asked = message.metadata.message_type.startswith(MessageType.QUERY)

@@ -75,12 +75,14 @@ class Training:
         """Check that enough updates are usable.
 
         Raises:
-            RunError: they are not; every client's reason is told.
+            RunError: they are not; every reason is told, with the clients that have it.
         """
         if len(self.reports) >= least:
             return
-        troubles = in_order(self.failed | self.refused)
-        reasons = "; ".join(f"client {client}: {reason}" for client, reason in troubles.items())
+        told: dict[str, list[str]] = {}
+        for client, reason in in_order(self.failed | self.refused).items():
+            told.setdefault(reason, []).append(client)
+        reasons = "; ".join(f"client {', '.join(names)}: {why}" for why, names in told.items())
         raise RunError(
             f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
             f"federation.min-clients asks for ({reasons or 'no client was there to ask'})",

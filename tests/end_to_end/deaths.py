@@ -122,11 +122,17 @@ def drawing(round: int) -> None:
     simulate.save_plots = _at(1, simulate.save_plots, before=True)
 
 
-def fedgraft(arguments: list[str], moment: str = "", round: int = 0) -> None:
-    """Run the command line in this process, silently, until the moment of its death."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
+def fedgraft(arguments: list[str], moment: str = "", round: int = 0, says: str = "") -> None:
+    """Run the command line in this process until the moment of its death.
+
+    Args:
+        arguments: of the command line.
+        moment: the name of a function above; "" to live on.
+        round: the round that the moment is in.
+        says: a file for its standard error; nowhere by default.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(says or os.devnull, os.O_WRONLY | os.O_CREAT), 2)
     from fedgraft.cli import main
 
     if moment:

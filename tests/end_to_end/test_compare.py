@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from command_line import SMALL, call, outcome, records, run, settings, start
+from command_line import (
+    call,
+    checkpoint,
+    events,
+    outcome,
+    records,
+    settings,
+    start,
+    without_times,
+)
 
 from fedgraft.config import Config
 from fedgraft.run_directory import RunDirectory
-from server.checkpoint import Checkpoints
 from simulations.plan import Plan
 
-TINY = settings(federation__rounds=2, federation__fraction=0.7)
+WANTED = [
+    *("compare", "--strategies", "fedavg,ffa-lora", "--seeds", "0,1"),
+    *settings(federation__rounds=4, federation__fraction=0.7, checkpoint__keep=9),
+    *("--set", "compare.ffa-lora.train.lr=0.016"),
+]
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compared") / "two"
-    done = run(
-        *("compare", "--strategies", "fedavg,ffa-lora", "--seeds", "0,1", "--out", path),
-        *TINY,
-        *("--set", "compare.ffa-lora.train.lr=0.016"),
-        cwd=path.parent,
-    )
+    done = call(*WANTED, "--out", path, "--json")
     assert done.status == 0, done.err
-    assert "done ffa-lora, seed 1" in done.err and str(path / "report.html") in done.out
+    assert json.loads(done.out) == json.loads((path / "comparison.json").read_text())
+    assert "done ffa-lora, seed 1: test accuracy" in done.err
+    assert "done centralised, seed 1: test accuracy" in done.err
     return path
 
 
@@ -45,13 +55,18 @@ def test_comparison_json_holds_what_the_design_says(compared: Path) -> None:
     ]
     for row in found["runs"]:
         own = json.loads((compared / row["directory"] / "summary.json").read_text())
-        assert own["final"] == row["final"]
+        assert own | {"label": row["strategy"], "directory": row["directory"]} == row
+    rows = {(row["name"], row["seed"]): row for row in found["references"]}
+    assert rows["base", 0]["final"] == found["runs"][0]["initial"]
+    assert rows["alone", 1]["low"] <= rows["alone", 1]["final"] <= rows["alone", 1]["high"]
     named = [(row["name"], row["seed"]) for row in found["references"]]
     assert named == [(n, s) for n in ("base", "alone", "centralised") for s in (0, 1)]
     first, second = found["strategies"]
     assert [first[key] for key in ("difference", "low", "high")] == [None] * 3
     finals = [row["final"] for row in found["runs"]]
     assert first["mean"] == pytest.approx((finals[0] + finals[1]) / 2)
+    # The standard deviation of two values, n - 1 below the line.
+    assert first["sd"] == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
     differences = [finals[2] - finals[0], finals[3] - finals[1]]
     assert second["difference"] == pytest.approx(sum(differences) / 2)
     # Student's t with one degree of freedom: 12.706 times the standard error.
@@ -63,17 +78,23 @@ def test_comparison_json_holds_what_the_design_says(compared: Path) -> None:
 def test_strategies_of_a_seed_share_samples_partitions_and_the_first_adapter(
     compared: Path,
 ) -> None:
+    samples, starts = {}, {}
     for seed in (0, 1):
         runs = [compared / "runs" / f"{name}-seed{seed}" for name in ("fedavg", "ffa-lora")]
-        sampled = [[record["sampled"] for record in records(run)] for run in runs]
-        assert sampled[0] == sampled[1]
-        sizes = [[r["clients"]["0"].get("examples") for r in records(run)[1:]] for run in runs]
-        assert sizes[0] == sizes[1] or None in sizes[0] + sizes[1]
-        assert records(runs[0])[0]["validation"] == records(runs[1])[0]["validation"]
-        first_A = [
-            RunDirectory(run).config().seed for run in runs
-        ]  # A is derived from the seed alone, and FFA-LoRA keeps it
-        assert first_A == [seed, seed]
+        first, second = (records(run) for run in runs)
+        assert [record["sampled"] for record in first] == [record["sampled"] for record in second]
+        # Each client's own data: how many train, and how the untouched start does on the rest.
+        assert first[0] == second[0] and len(first[0]["clients"]) == 3
+        for one, other in zip(first[1:], second[1:], strict=True):
+            shares = [
+                {name: client.get("examples") for name, client in record["clients"].items()}
+                for record in (one, other)
+            ]
+            assert shares[0] == shares[1] and set(one["sampled"]) <= shares[0].keys()
+        begun = [checkpoint(run / "checkpoints" / "round-000000.safetensors")[0] for run in runs]
+        assert begun[0] == begun[1] and len(begun[0]) > 20
+        samples[seed], starts[seed] = [record["sampled"] for record in first], begun[0]
+    assert samples[0] != samples[1] and starts[0] != starts[1]
     rates = {
         name: RunDirectory(compared / "runs" / f"{name}-seed0").config().train.lr
         for name in ("fedavg", "ffa-lora")
@@ -125,24 +146,63 @@ def test_wrong_usage_is_said_before_anything_runs(
     assert named in done.err and not (tmp_path / "out").exists()
 
 
+def test_one_option_of_a_rule_is_not_set_for_all(tmp_path: Path) -> None:
+    option = ("--set", "strategy.lambda=0.5", "--out", tmp_path / "out")
+    done = call("compare", "--strategies", "fedavg,lora-fair", *option)
+    assert done.status == 2
+    assert "strategy.lambda is set for all" in done.err
+    assert "--set compare.NAME.strategy.lambda=..." in done.err
+    plan = Plan(
+        Config().with_overrides({"compare.lora-fair.strategy.lambda": 0.5}),
+        ("fedavg", "lora-fair"),
+        (0,),
+    )
+    assert [c.strategy.options for c in plan.variants().values()] == [{}, {"lambda": 0.5}]
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_a_resume_finishes(tmp_path: Path) -> None:
-    wanted: list[Any] = ["--strategies", "fedavg", "--seeds", "0,1", "--references", "none"]
-    chosen = settings(federation__rounds=12)
-    process = start("compare", *wanted, *chosen, "--out", "cut", cwd=tmp_path)
-    folder = tmp_path / "cut" / "runs" / "fedavg-seed0" / "checkpoints"
+def test_a_resume_takes_no_other_plan(compared: Path) -> None:
+    before = (compared / "comparison.toml").read_bytes()
+    for more in (["--set", "train.lr=1"], ["--seeds", "0"], ["--out", "x"], ["my.toml"]):
+        done = call("compare", "--resume", compared, *more)
+        assert done.status == 2, more
+        name = "CONFIG.toml" if len(more) == 1 else more[0]
+        assert f"{name} is given as well" in done.err
+    done = call("compare", "--resume", compared / "runs" / "fedavg-seed0")
+    assert done.status == 2 and "holds no comparison" in done.err
+    assert (compared / "comparison.toml").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_a_resume_ends_as_if_nothing_had_happened(
+    compared: Path, tmp_path: Path
+) -> None:
+    """Pressed at a terminal it goes to all processes; the user stands among modules like ours."""
+    for name in ("server.py", "client.py", "simulations.py"):
+        (tmp_path / name).write_text("raise SystemExit('the user's own')\n")
+    process = start(*WANTED, "--out", "my cut", cwd=tmp_path)
+    cut = tmp_path / "my cut"
     end = time.monotonic() + 120
-    while Checkpoints(folder, 2).oldest_round() < 2 and time.monotonic() < end:
-        time.sleep(0.02)
+    while not any(event["event"] == "reply" for event in events(cut / "runs" / "fedavg-seed0")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
     workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(2)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "fedgraft compare --resume cut" in err and "Traceback" not in err
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
-    done = run("compare", "--resume", "cut", cwd=tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-2:] == [
+        "Error: interrupted; everything up to the last checkpoint is kept",
+        "       Continue with: fedgraft compare --resume 'my cut'",
+    ]
+    assert "Traceback" not in err and not (cut / "comparison.json").exists()
+    assert workers and psutil.wait_procs(workers, timeout=20)[1] == []
+
+    done = call("compare", "--resume", cut)
     assert done.status == 0, done.err
-    whole = tmp_path / "whole"
-    assert call("simulate", *chosen, "--set", "seed=0", "--out", whole).status == 0
-    assert outcome(tmp_path / "cut" / "runs" / "fedavg-seed0") == outcome(whole)
-    assert SMALL["federation.clients"] == 3
+    found, wanted = (
+        without_times(json.loads((path / "comparison.json").read_text()))
+        for path in (cut, compared)
+    )
+    assert found == wanted
+    for row in wanted["runs"]:
+        assert outcome(cut / row["directory"]) == outcome(compared / row["directory"])

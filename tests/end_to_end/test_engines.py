@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import call, outcome, run, settings
+from command_line import call, outcome, settings
 
 from fedgraft.config import Config
 from fedgraft.flower import flower_environment
@@ -42,20 +41,27 @@ def left_over(mark: str) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_adapter_and_leaves_nothing_running(tmp_path: Path) -> None:
-    """The whole run directory is the same, personal state included, and the home untouched."""
-    home = tmp_path / "home"
+def test_ray_gives_the_same_adapter_and_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole run directory is the same, personal state included, and the home untouched.
+
+    The user stands in a folder with modules of the same names as ours.
+    """
+    for name in ("server.py", "client.py", "strategies.py"):
+        (tmp_path / name).write_text("raise SystemExit('the user's own')\n")
+    monkeypatch.chdir(tmp_path)
+    home, mark = tmp_path / "home", str(tmp_path)
     home.mkdir()
-    mark = str(tmp_path)
-    environment = os.environ | {"HOME": str(home), "FEDGRAFT_TEST": mark}
-    arguments = ["simulate", *settings(**TINY), "--out"]
-    done = run(*arguments, "ray", "--engine", "ray", "--json", cwd=tmp_path, env=environment)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("FEDGRAFT_TEST", mark)
+    done = call("simulate", *settings(**TINY), "--out", "ray", "--engine", "ray", "--json")
     assert done.status == 0, done.err
     assert left_over(mark) == []
     assert not (home / ".flwr").exists() and not (home / "fedgraft-runs").exists()
     assert json.loads(done.out)["rounds"] == 2
 
-    assert call(*arguments, tmp_path / "here").status == 0
+    assert call("simulate", *settings(**TINY), "--out", "here").status == 0
     ray, here = outcome(tmp_path / "ray"), outcome(tmp_path / "here")
     assert ray.keys() == here.keys() and "adapter/adapter_model.safetensors" in ray
     for name, content in here.items():

@@ -123,18 +123,23 @@ def wait_for(path: Path, event: str, round: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_ctrl_c_says_how_to_go_on(uninterrupted: dict[int, dict[str, Any]], tmp_path: Path) -> None:
-    path = tmp_path / "my run"
-    process = start("simulate", *settings(**PERSONAL), "--out", path.name, cwd=tmp_path)
+def test_ctrl_c_says_how_to_go_on(
+    forks: ForkServerContext, uninterrupted: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, said = tmp_path / "my run", tmp_path / "said"
+    arguments = ["simulate", *settings(**PERSONAL), "--out", str(path)]
+    process = forks.Process(target=deaths.fedgraft, args=(arguments, "", 0, str(said)))
+    process.start()
+    assert process.pid is not None
     wait_for(path, "sampled", round=2)
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
-    complaint, remedy = err.splitlines()[-2:]
+    process.join(60)
+    assert process.exitcode == 1 and not (path / "summary.json").exists()
+    complaint, remedy = said.read_text().splitlines()[-2:]
     assert complaint == "Error: interrupted; everything up to the last checkpoint is kept"
     command = shlex.split(remedy.split("Continue with: fedgraft ")[1])
-    assert command == ["simulate", "--resume", path.name]
-    resume(path)
+    assert command == ["simulate", "--resume", str(path)]
+    assert call(*command).status == 0
     assert outcome(path) == uninterrupted[1]
 
 
