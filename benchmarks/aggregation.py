@@ -55,17 +55,20 @@ MEMORY_SLACK_MB = 8.0  # between the fewest and the most clients: what an alloca
 DIGITS_SHAPES = [(64, 64)] * 8 + [(128, 64), (64, 128)] * 2
 
 
-def main() -> int:
-    args = arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
     torch.set_num_threads(args.threads)
     console = Console(width=100)
     console.print(conditions(args))
+    if args.quick:
+        args.width, args.rank, args.clients = 128, 4, 5
+        return 0 if ridge_against_dense(console, args) else 1
     met = [ridge_against_dense(console, args), fedavg_memory(console, args.memory_clients)]
     round_cost(console)
     return 0 if all(met) else 1
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,7 +79,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timings of each; the median counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-clients", type=int, nargs="+", default=[10, 50, 200])
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="check errors alone, on a small layer")
+    return parser.parse_args(argv)
 
 
 def conditions(args: argparse.Namespace) -> str:
@@ -180,11 +184,11 @@ def ridge_against_dense(console: Console, args: argparse.Namespace) -> bool:
     for name in rivals:
         told = (f"{error:.1e}" for error in errors[name])
         table.add_row(name, f"{1e3 * seconds[name]:.1f}", f"{ratios[name]:.0f} x", *told)
-    met = max(errors["two sums"]) < ERROR_TARGET and ratios["dense"] >= SPEED_TARGET
+    met = max(errors["two sums"]) < ERROR_TARGET
+    met &= args.quick or ratios["dense"] >= SPEED_TARGET
+    speed = "" if args.quick else f", dense >= {SPEED_TARGET:g} x"
     console.print(table)
-    console.print(
-        f"target: error < {ERROR_TARGET:g}, dense >= {SPEED_TARGET:g} x: {verdict(met)}\n"
-    )
+    console.print(f"target: error < {ERROR_TARGET:g}{speed}: {verdict(met)}\n")
     return met
 
 

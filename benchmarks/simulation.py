@@ -14,9 +14,10 @@ training and aggregation only:
 (d) a ClientApp that rebuilds the model for every message, as FlowerTune's does, under the same;
 (e) pfl-research, where an interpreter that has it is named.
 
-(a), (b) and what evaluation and checkpoints add to (b) take turns, so that a busy spell of the
-machine hits all; a ratio is the median over turns. Every rival must end with the same adapter. The
-clock of (b), (c) and (d) runs from the first training message to the last aggregate; what comes
+(a) runs beside (b), beside (b) with evaluation or checkpoints, and beside (e): one of its rounds
+after each of theirs, so that both meet the same machine. A ratio is the median over such runs; (c)
+and (d) run once and are set against the median of (a). Every rival must end with the same adapter.
+The clock of (b), (c) and (d) runs from the first training message to the last aggregate; what comes
 before (starting Flower, asking clients for their names) is in the column "whole". Exits with status
 1 where adapters differ or a target is missed: (b) at most 1.1 x (a), and 3 x faster than (d).
 """
@@ -39,18 +40,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from flwr.app import UserConfig
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from simulation_flower import REBUILDING, RESIDENT, Clock, federate, run_under_ray
-from simulation_table import Adapter, Row, check_adapters, check_times, table
+from simulation_table import Row, check_adapters, check_times, table
 from simulation_workload import (
     TARGETS,
     TINY,
+    Beside,
     Plan,
     Size,
+    Stopwatch,
     Work,
     build_model,
-    plain_federation,
     write,
     write_plan,
 )
@@ -78,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = bench.take_turns(1 if args.quick else args.repeats)
         if not args.quick:
             if not args.without_flower:
-                rows["c"] = bench.under_ray("(c) the same ClientApp, Flower's Ray", RESIDENT)
-                rows["d"] = bench.under_ray("(d) rebuilt per call, Flower's Ray", REBUILDING)
+                rows["c"] = bench.under_ray("(c) Flower's Ray, FedGraft's ClientApp", RESIDENT)
+                rows["d"] = bench.under_ray("(d) Flower's Ray, rebuilt per call", REBUILDING)
             rows |= bench.under_pfl(args.pfl_python, args.repeats)
     console.print(table(rows))
     console.print(f"load average {load()} at the end")
@@ -93,7 +96,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="turns; medians count")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs of each row; the median counts"
+    )
     parser.add_argument("--quick", action="store_true", help="check adapters only, at tiny size")
     parser.add_argument("--without-flower", action="store_true", help="leave out (c) and (d)")
     parser.add_argument("--pfl-python", type=Path, help="an interpreter that has pfl")
@@ -131,64 +136,54 @@ class Bench:
         self.plain_model = build_model(folder, size)
 
     def take_turns(self, repeats: int) -> dict[str, Row]:
-        """Run (a), (b) and (b) with one more duty each, in turn."""
-        rivals: dict[str, tuple[str, Callable[[], tuple[Adapter, float]]]] = {
-            "a": ("(a) plain PyTorch loop", self.plain),
-            "b": ("(b) FedGraft in process", self.in_process),
-            "clients": ("    + every client validates", lambda: self.in_process(1)),
-            "server": ("    + the server validates", lambda: self.in_process(0, self.evaluating())),
-            "save": ("    + a checkpoint a round", lambda: self.in_process(0, self.saving())),
-        }
-        rows = {key: Row(label) for key, (label, _) in rivals.items()}
-        for turn in range(repeats + 1):
-            for key, (_, run) in rivals.items():
-                gc.collect()
-                wall, processor = time.perf_counter(), time.process_time()
-                rows[key].adapter, seconds = run()
-                if turn > 0:  # the first one warms up
-                    rows[key].processor.append(time.process_time() - processor)
-                    rows[key].whole.append(time.perf_counter() - wall)
-                    rows[key].seconds.append(seconds or rows[key].whole[-1])
-        return rows
-
-    def plain(self) -> tuple[Adapter, float]:
-        return plain_federation(self.plain_model, self.work, self.start), 0.0
-
-    def in_process(
-        self, evaluate_every: int = 0, hooks: Clock | None = None
-    ) -> tuple[Adapter, float]:
-        clock = hooks or Clock()
-        settings = {RUN_CONFIG_KEY: self.config.to_json()}
-        grid = InProcessGrid(client_app, self.work.size.clients, settings)
-        made = federate(grid, self.config, self.start, clock, evaluate_every)
-        return made, clock.seconds
-
-    def evaluating(self) -> Clock:
-        bench = self
-
-        class Evaluating(Clock):
-            def on_round(self, outcome: RoundOutcome) -> bool:
-                bench.model.evaluate(bench.task, outcome.state.adapter, bench.task.validation())
-                return super().on_round(outcome)
-
-        return Evaluating()
-
-    def saving(self) -> Clock:
+        """Run (b), alone and with one more duty a round, (a) beside each."""
+        validation = self.task.validation()
         checkpoints = Checkpoints(self.folder / "checkpoints", keep=2)
 
-        class Saving(Clock):
-            def on_round(self, outcome: RoundOutcome) -> bool:
-                checkpoints.save(Checkpoint(outcome.state, outcome.state.adapter, {}))
-                return super().on_round(outcome)
+        def validate(outcome: RoundOutcome) -> None:
+            self.model.evaluate(self.task, outcome.state.adapter, validation)
 
-        return Saving()
+        def save(outcome: RoundOutcome) -> None:
+            checkpoints.save(Checkpoint(outcome.state, outcome.state.adapter, {}))
+
+        rows = {"a": Row("(a) plain PyTorch loop"), "b": Row("(b) FedGraft in process")}
+        duties = {
+            "clients": Row("  + every client validates"),
+            "server": Row("  + the server validates"),
+            "save": Row("  + a checkpoint a round"),
+        }
+        self.in_process(Row("warm-up"))
+        for _ in range(repeats):
+            self.in_process(rows["b"])
+            self.in_process(duties["clients"], evaluate_every=1)
+            self.in_process(duties["server"], duty=validate)
+            self.in_process(duties["save"], duty=save)
+        rows["a"].adapter, rows["a"].seconds = rows["b"].plain_adapter, rows["b"].plain_seconds
+        return rows | duties
+
+    def in_process(
+        self,
+        row: Row,
+        evaluate_every: int = 0,
+        duty: Callable[[RoundOutcome], object] | None = None,
+    ) -> None:
+        beside = Beside(self.plain_model, self.work, self.start)
+        clock = Clock(duty, between=beside.round)
+        settings: UserConfig = {RUN_CONFIG_KEY: self.config.to_json()}
+        grid = InProcessGrid(client_app, self.work.size.clients, settings)
+        gc.collect()
+        began = time.perf_counter()
+        row.adapter = federate(grid, self.config, self.start, clock, evaluate_every)
+        row.plain_adapter = beside.adapter
+        row.add(clock.watch, beside.watch)
+        row.whole.append(time.perf_counter() - began - beside.watch.seconds)
 
     def under_ray(self, label: str, apps: tuple[str, str]) -> Row:
         adapter, seconds, whole = run_under_ray(self.folder, apps, self.config)
-        return Row(label, [seconds], [], [whole], adapter)
+        return Row(label, [seconds], whole=[whole], adapter=adapter)
 
     def under_pfl(self, python: Path | None, repeats: int) -> dict[str, Row]:
-        """Run (e) and, in turn with it, the plain loop; a row without times where it cannot be."""
+        """Run (e), (a) beside it; a row without times where that cannot be."""
         if python is None:
             return {"e": Row("(e) pfl-research: unavailable, no --pfl-python")}
         script = Path(__file__).parent / "simulation_pfl.py"
@@ -198,12 +193,11 @@ class Bench:
             last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
             return {"e": Row(f"(e) pfl-research: unavailable, {last}")}
         found = json.loads(done.stdout.strip().splitlines()[-1])
-        plain, seconds = (list(column) for column in zip(*found["pairs"], strict=True))
-        adapter = load_file(self.folder / "pfl.safetensors")
-        return {
-            "e0": Row(f"(a) again, beside (e), torch {found['torch']}", plain, [], plain),
-            "e": Row(f"(e) pfl-research {found['version']}", seconds, [], seconds, adapter),
-        }
+        row = Row(f"(e) pfl-research {found['version']}, torch {found['torch']}")
+        row.adapter = load_file(self.folder / "pfl.safetensors")
+        for watch, beside in found["watches"]:
+            row.add(Stopwatch(**watch), Stopwatch(**beside))
+        return {"e": row}
 
 
 def config(folder: Path, size: Size) -> Config:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file, save_file
-from simulation_workload import Work, build_model, train_client, trainable
+from simulation_workload import Stopwatch, Work, build_model, train_client, trainable
 from torch import Tensor
 
 from fedgraft import flower
@@ -42,16 +42,28 @@ _SECONDS = 1200.0
 
 @dataclass
 class Clock(RoundHooks):
-    """Seconds from the first training message to the last aggregate."""
+    """A stopwatch that runs from the first training message to the last aggregate.
 
-    began: float = 0.0
-    seconds: float = 0.0
+    Attributes:
+        duty: done after every round, while the watch runs.
+        between: done after every round, while it stands still.
+    """
+
+    duty: Callable[[RoundOutcome], object] | None = None
+    between: Callable[[], object] | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def on_sampled(self, round: int, clients: list[str]) -> None:
-        self.began = self.began or time.perf_counter()
+        if round == 1:
+            self.watch.start()
 
     def on_round(self, outcome: RoundOutcome) -> bool:
-        self.seconds = time.perf_counter() - self.began
+        if self.duty is not None:
+            self.duty(outcome)
+        self.watch.stop()
+        if self.between is not None:
+            self.between()
+        self.watch.start()
         return False
 
 
@@ -86,7 +98,7 @@ def serve_resident(grid: Grid, context: Context) -> None:
     config = Config.from_run_config(context.run_config)
     clock = Clock()
     made = federate(grid, config, load_file(folder / "start.safetensors"), clock)
-    finish(folder, made, clock.seconds)
+    finish(folder, made, clock.watch.seconds)
 
 
 # A client that rebuilds everything, under Ray

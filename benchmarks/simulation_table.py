@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 
 from rich.table import Table
+from simulation_workload import Stopwatch
 from torch import Tensor
 
 PLAIN_TARGET = 1.1
@@ -18,43 +19,66 @@ Adapter = dict[str, Tensor]
 
 @dataclass
 class Row:
-    """One rival: seconds of each turn (wall, and of this process's processor), and its adapter."""
+    """One rival: seconds of its runs, and those of (a) beside it, run for run.
+
+    Attributes:
+        seconds, plain_seconds: wall clock.
+        processor, plain_processor: of the process; empty where several work.
+        whole: wall clock with what comes before the first training message.
+    """
 
     label: str
     seconds: list[float] = field(default_factory=list)
+    plain_seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
+    plain_processor: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     adapter: Adapter = field(default_factory=dict)
+    plain_adapter: Adapter = field(default_factory=dict)
+
+    def add(self, watch: Stopwatch, beside: Stopwatch) -> None:
+        """Add a run."""
+        self.seconds.append(watch.seconds)
+        self.processor.append(watch.processor)
+        self.plain_seconds.append(beside.seconds)
+        self.plain_processor.append(beside.processor)
 
 
 def table(rows: Mapping[str, Row]) -> Table:
+    """Medians over runs; the ratios' range too."""
     made = Table(title="Seconds, and ratios to (a)")
     made.add_column("")
-    for column in ("median", "least", "most", "ratio", "processor ratio", "whole", "adapter"):
+    for column in ("seconds", "(a) beside", "ratio", "range", "processor", "whole", "adapter"):
         made.add_column(column, justify="right")
+    plain = rows["a"]
     for key, row in rows.items():
-        if not row.seconds:
-            made.add_row(row.label)
-            continue
-        beside = rows["e0" if key.startswith("e") else "a"]
-        made.add_row(
-            row.label,
-            f"{statistics.median(row.seconds):.2f}",
-            f"{min(row.seconds):.2f}",
-            f"{max(row.seconds):.2f}",
-            f"{ratio(row.seconds, beside.seconds):.2f}",
-            f"{ratio(row.processor, beside.processor):.2f}" if row.processor else "",
-            f"{statistics.median(row.whole):.2f}",
-            difference(row.adapter, rows["a"].adapter) if row.adapter and key != "a" else "",
-        )
+        cells = [""] * 7
+        if row.seconds:
+            ratios = ratios_of(row, plain)
+            cells = [
+                f"{median(row.seconds):.2f}",
+                f"{median(row.plain_seconds):.2f}" if row.plain_seconds else "",
+                f"{median(ratios):.2f}",
+                f"{min(ratios):.2f}-{max(ratios):.2f}" if row.plain_seconds else "",
+                f"{median(quotients(row.processor, row.plain_processor)):.2f}"
+                if row.processor
+                else "",
+                f"{median(row.whole):.2f}" if row.whole else "",
+                difference(row.adapter, plain.adapter),
+            ]
+        made.add_row(row.label, *(cells if key != "a" else [cells[0]]))
     return made
 
 
-def ratio(seconds: list[float], others: list[float]) -> float:
-    """The median over turns where both took the same turns, else the ratio of the medians."""
-    if len(seconds) == len(others):
-        return statistics.median(s / o for s, o in zip(seconds, others, strict=True))
-    return statistics.median(seconds) / statistics.median(others)
+def ratios_of(row: Row, plain: Row) -> list[float]:
+    """To (a) beside it, run for run; to the median of (a) where none ran beside."""
+    if row.plain_seconds:
+        return quotients(row.seconds, row.plain_seconds)
+    return [seconds / median(plain.seconds) for seconds in row.seconds]
+
+
+def quotients(values: list[float], others: list[float]) -> list[float]:
+    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def distance(adapter: Adapter, other: Adapter) -> float:
@@ -87,12 +111,12 @@ def check_adapters(rows: Mapping[str, Row]) -> list[tuple[bool, str]]:
 
 
 def check_times(rows: Mapping[str, Row]) -> list[tuple[bool, str]]:
-    found = ratio(rows["b"].seconds, rows["a"].seconds)
+    found = median(ratios_of(rows["b"], rows["a"]))
     verdicts = [
         (found <= PLAIN_TARGET, f"(b) takes {found:.2f} x (a), target {PLAIN_TARGET:g} at most")
     ]
     if "d" in rows:
-        found = ratio(rows["d"].seconds, rows["b"].seconds)
+        found = median(rows["d"].seconds) / median(rows["b"].seconds)
         text = f"(b) is {found:.1f} x faster than (d), target {REBUILDING_TARGET:g} at least"
         verdicts.append((found >= REBUILDING_TARGET, text))
     return verdicts

@@ -8,7 +8,8 @@ interpreter of its own can use it too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -169,9 +170,9 @@ def train_client(
         optimizer.step()
 
 
-def plain_federation(
+def plain_rounds(
     model: nn.Module, work: Work, start: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> Iterator[dict[str, Tensor]]:
     """FedAvg without any framework: load the adapter, train, read it out, average by examples."""
     parameters = trainable(model)
     current = dict(start)
@@ -188,4 +189,34 @@ def plain_federation(
                 for name, parameter in parameters.items():
                     sums[name].add_(parameter.double(), alpha=len(ids) / examples)
         current = {name: total.float() for name, total in sums.items()}
-    return current
+        yield current
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of wall clock, and of this process's processor, over all its laps."""
+
+    seconds: float = 0.0
+    processor: float = 0.0
+    _began: tuple[float, float] = (0.0, 0.0)
+
+    def start(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self._began[0]
+        self.processor += time.process_time() - self._began[1]
+
+
+class Beside:
+    """The plain loop, a round at a time after each round of a rival, on a stopwatch of its own."""
+
+    def __init__(self, model: nn.Module, work: Work, start: Mapping[str, Tensor]) -> None:
+        self.watch = Stopwatch()
+        self.adapter: dict[str, Tensor] = {}
+        self._rounds = plain_rounds(model, work, start)
+
+    def round(self) -> None:
+        self.watch.start()
+        self.adapter = next(self._rounds)
+        self.watch.stop()

@@ -150,7 +150,7 @@ def _loop(
     loss = float(total) / steps
     if not np.isfinite(loss):
         raise RunError(
-            f"training diverged on client {work.client} in round {work.round}: the loss is {loss}",
+            f"training diverged in round {work.round}: the loss is {loss}",
             f"Lower train.lr (now {settings.lr}) or set train.grad-clip.",
         )
     return loss, steps
@@ -215,7 +215,7 @@ def _assert_moved(parameters: Mapping[str, nn.Parameter], start: Tensors, work: 
         if work.round > 1 and parameter.grad is not None and parameter.grad.any():
             return
     raise RunError(
-        f"client {work.client}: no LoRA factor moved after the first step of round {work.round}",
+        f"no LoRA factor moved after the first step of round {work.round}",
         "The adapter gets no gradient: check adapter.targets, and that the loss depends on them.",
     )
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from fedgraft.errors import RunError
 
 _Item = TypeVar("_Item")
@@ -38,7 +40,7 @@ def at_work(
         RunError: a worker died.
     """
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(count, context, initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(count, context, initializer=_prepare)
     try:
         with _start_of_processes():
             futures = {executor.submit(function, item): item for item in items}
@@ -73,8 +75,11 @@ def _start_of_processes() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent is gone, however it went."""
+def _prepare() -> None:
+    """End this worker when its parent is gone, however it went, and leave nothing behind then.
+
+    Bars of libraries share a lock between processes, which a worker that is ended would leak.
+    """
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -82,4 +87,5 @@ def _end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=watch, daemon=True).start()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call, records, settings
 
 from fedgraft.adapter import Adapter, LoraLayer
 from fedgraft.config import Config
@@ -78,3 +79,34 @@ def test_the_rule_of_the_documentation(tmp_path: Path) -> None:
         adapter, state = made.adapter, made.state
         assert torch.equal(adapter.layers["layer"].A, torch.full((1, 2), expected))
         assert torch.equal(adapter.layers["layer"].B, torch.full((2, 1), expected))
+
+
+def test_a_rule_of_another_package_is_used_by_name_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed as the page says, by an entry point; a resume finds the rule's own state."""
+    rule_of_the_documentation(tmp_path)
+    installed = tmp_path / "my_rules-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[fedgraft.rules]\nfedavgm = fedavgm:FedAvgM\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("simulations.simulate.draw", lambda path: None)  # not the subject here
+    monkeypatch.delitem(sys.modules, "fedavgm", raising=False)
+    assert "FedAvgM" in call("strategies").out
+    wrong = call("simulate", "--set", "strategy.name=fedavgm", "--set", "strategy.bta=0.5")
+    assert wrong.status == 2 and "Did you mean strategy.beta?" in wrong.err
+
+    adapters = {}
+    for beta in (0.0, 0.5):
+        chosen = settings(strategy__name="fedavgm", strategy__beta=beta, train__schedule="constant")
+        whole, parts = tmp_path / f"whole-{beta}", tmp_path / f"parts-{beta}"
+        three = ("--set", "federation.rounds=3")
+        assert call("simulate", *chosen, *three, "--out", whole).status == 0
+        assert call("simulate", *chosen, "--set", "federation.rounds=1", "--out", parts).status == 0
+        assert call("simulate", "--resume", parts, *three).status == 0
+        adapters[beta], resumed = (
+            (path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (whole, parts)
+        )
+        assert resumed == adapters[beta] and records(parts) == records(whole)
+    assert adapters[0.0] != adapters[0.5]

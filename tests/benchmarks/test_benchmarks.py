@@ -26,6 +26,13 @@ def test_fedgraft_ends_with_the_plain_loops_adapter(
     assert "FedGraft's adapter is (a)'s, within 1e-06: met" in printed
 
 
+def test_the_ridge_is_the_dense_computations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(monkeypatch, "aggregation").main(["--quick"]) == 0
+    assert "target: error < 1e-05: met" in capsys.readouterr().out
+
+
 def test_the_plain_loop_trains_what_it_is_told_to(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -49,7 +56,8 @@ def test_the_plain_loop_trains_what_it_is_told_to(
     assert [len(ids) for ids in work.tokens] == [2, 4]
     model = workload.build_model(tmp_path, size)
     start = {name: p.detach() + 0.05 for name, p in workload.trainable(model).items()}
-    made = workload.plain_federation(model, work, start)
+    beside = workload.Beside(model, work, start)
+    beside.round()
     ends = []
     for ids in (work.tokens[0], work.tokens[1][2:]):
         parameters = workload.trainable(model)
@@ -62,7 +70,7 @@ def test_the_plain_loop_trains_what_it_is_told_to(
         ends.append(
             {n: start[n] - size.lr * p.grad / (p.grad.abs() + 1e-8) for n, p in parameters.items()}
         )
-    for name, value in made.items():
+    for name, value in beside.adapter.items():
         torch.testing.assert_close(value, ends[0][name] / 3 + 2 * ends[1][name] / 3)
 
 
@@ -70,7 +78,7 @@ def test_checks_notice_another_adapter_and_a_slow_run(monkeypatch: pytest.Monkey
     table = load(monkeypatch, "simulation_table")
 
     def row(seconds: float, value: float) -> object:
-        return table.Row("", [seconds], [seconds], [seconds], {"x": torch.tensor([value])})
+        return table.Row("", [seconds], [1.0], adapter={"x": torch.tensor([value])})
 
     good = {"a": row(1.0, 1.0), "b": row(1.05, 1.0), "c": row(2.0, 1.0), "d": row(4.0, 1.0)}
     assert all(met for met, _ in table.check_adapters(good) + table.check_times(good))

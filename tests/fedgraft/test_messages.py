@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -61,6 +64,21 @@ def test_a_reply_comes_back_as_it_was():
     evaluation = Reply(weight=60.0, metrics={"accuracy": 0.5})
     assert Reply.decode(evaluation.encode()) == evaluation
     assert Reply.decode(Reply(refusal="no").encode()) == Reply(refusal="no")
+
+
+def test_arrays_go_as_soon_as_the_message_does():
+    """Not at the garbage collector's next call: the replies before it would all be in memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        content = Reply(to_arrays({"x": torch.ones(2)}), 1.0, {"loss": 1.0}).encode()
+        arrays = weakref.ref(content["arrays"])
+        Reply.decode(content)
+        TrainRequest.decode(content)
+        del content
+        assert arrays() is None
+    finally:
+        gc.enable()
 
 
 def test_a_reply_under_other_names_is_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from tokenize import TokenError
 
 import numpy as np
 import pytest
@@ -75,5 +76,5 @@ FLOATS = "{{'descr':'<f4','fortran_order':False,'shape':{shape}}}"
     ],
 )
 def test_what_is_not_one_array_is_refused(data: bytes) -> None:
-    with pytest.raises((ValueError, TypeError, SyntaxError, MemoryError)):
+    with pytest.raises((ValueError, TypeError, SyntaxError, TokenError, MemoryError)):
         npy.load(data)

@@ -48,7 +48,18 @@ def multiprocessing_children() -> list[psutil.Process]:
     ]
 
 
-# No `if __name__ == "__main__"` around it: as users write scripts.
+def test_a_script_without_a_guard_is_run_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "print('ran', flush=True)\n"
+        "from simulations.workers import at_work\n"
+        "with at_work(2, abs, [-1, -2]) as futures:\n"
+        "    print(sorted(future.result() for future in futures))\n"
+    )
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n[1, 2]\n", "")
+
+
 SCRIPT = """
 import time
 print("ran", flush=True)

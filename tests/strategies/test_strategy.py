@@ -252,7 +252,9 @@ class Counting(SumOnlyRule):
 COUNTING = Counting()
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa-lora", "lora-fair", COUNTING], ids=str)
+@pytest.mark.parametrize(
+    "rule", ["fedavg", "ffa-lora", "lora-fair", pytest.param(COUNTING, id="counting")]
+)
 def test_a_resumed_run_goes_on_to_the_bit(rule: Any):
     whole = run(rule, rounds=6, fraction=0.5, seed=2)
     half = run(rule, rounds=3, fraction=0.5, seed=2)
