@@ -156,16 +156,11 @@ def own_modules(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_command_works_beside_the_users_own_modules(own_modules: Path) -> None:
+    """So do comparisons and Ray: see end_to_end/test_compare.py and test_engines.py."""
     small = settings(federation__rounds=1, federation__clients=2)
     done = run("simulate", *small, "--out", "run", "--json", cwd=own_modules)
     assert done.status == 0, done.err
     assert json.loads(done.out)["rounds"] == 1
-    done = run(
-        *("compare", "--strategies", "fedavg", "--seeds", "0", "--references", "base"),
-        *small,
-        cwd=own_modules,
-    )
-    assert done.status == 0, done.err
 
 
 def test_a_script_beside_the_users_own_modules_is_told_which_file_hides_ours(
