@@ -1,9 +1,10 @@
 """The apps that benchmarks/simulation.py runs under Flower's Ray simulation, and how it runs them.
 
 - `resident_server` hosts FedGraft's strategy, for FedGraft's own ClientApp.
-- `rebuilding_client` rebuilds tokenizer, base and PEFT model for every message, as FlowerTune's
-  ClientApp does, and `rebuilding_server` averages with Flower's FedAvg. FlowerTune also builds
-  TRL's SFTTrainer around every call; here the plain loop trains, which can only be faster.
+- `rebuilding_client` rebuilds tokenizer, base, PEFT model and trainer for every message, as
+  FlowerTune's ClientApp does, and `rebuilding_server` averages with Flower's FedAvg. The trainer is
+  transformers' own, of which FlowerTune's (TRL's SFTTrainer) is a subclass; or, to see what it
+  costs, the plain loop instead.
 
 Flower imports this file by name; simulation.py puts its folder on the path.
 """
@@ -16,15 +17,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+    UserConfig,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file, save_file
-from simulation_workload import Stopwatch, Work, build_model, train_client, trainable
-from torch import Tensor
+from simulation_workload import Size, Stopwatch, Work, build_model, train_client, trainable
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 
 from fedgraft import flower
 from fedgraft.adapter import from_arrays, to_arrays
@@ -33,8 +44,8 @@ from simulations.ray_engine import submitted
 from strategies.rounds import RoundHooks, RoundOutcome
 from strategies.strategy import AdapterStrategy
 
-FOLDER = "benchmark.folder"
-"""Key of the run config under which the apps find the work."""
+FOLDER, TRAINER = "benchmark.folder", "benchmark.trainer"
+"""Keys of the run config: where the work is, and whether transformers' Trainer does it."""
 RESIDENT = ("simulation_flower:resident_server", "client.app:app")
 REBUILDING = ("simulation_flower:rebuilding_server", "simulation_flower:rebuilding_client")
 _SECONDS = 1200.0
@@ -155,13 +166,43 @@ def train_rebuilding(message: Message, context: Context) -> Message:
     model = build_model(folder, _work.size)
     arrays = message.content.array_records["arrays"]
     set_peft_model_state_dict(model, arrays.to_torch_state_dict())
-    model.train()
-    ids = _work.tokens[client]
-    train_client(model, trainable(model), ids, _work.plan[round - 1][client], _work.size.lr)
+    ids, batches = _work.tokens[client], _work.plan[round - 1][client]
+    if context.run_config[TRAINER]:
+        run_trainer(model, ids, batches, _work.size, folder / "trainer")
+    else:
+        train_client(model.train(), trainable(model), ids, batches, _work.size.lr)
     reply = RecordDict()
     reply["arrays"] = ArrayRecord(get_peft_model_state_dict(model))
     reply["metrics"] = MetricRecord({"num-examples": len(ids)})
     return Message(reply, reply_to=message)
+
+
+def run_trainer(
+    model: nn.Module, ids: Tensor, batches: list[list[int]], size: Size, folder: Path
+) -> None:
+    """Train with transformers' Trainer, with the settings of the plain loop."""
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
+            return SequentialSampler(dataset)
+
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=size.steps,
+        per_device_train_batch_size=size.batch,
+        learning_rate=size.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        optim="adamw_torch_fused",
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": ids[row], "labels": ids[row]} for batch in batches for row in batch]
+    InOrder(model=model, args=settings, train_dataset=rows).train()
 
 
 # Running them
@@ -175,7 +216,7 @@ def finish(folder: Path, made: Mapping[str, Tensor], seconds: float) -> None:
 
 
 def run_under_ray(
-    folder: Path, apps: tuple[str, str], config: Config
+    folder: Path, apps: tuple[str, str], config: Config, *, trainer: bool = False
 ) -> tuple[dict[str, Tensor], float, float]:
     """Run two apps; return the adapter, the seconds of their clock, and those of everything.
 
@@ -185,7 +226,9 @@ def run_under_ray(
         (folder / name).unlink(missing_ok=True)
     began = time.perf_counter()
     app = folder / "app"
-    flower.write_app(app, {RUN_CONFIG_KEY: config.to_json(), FOLDER: str(folder)}, *apps)
+    run_config: UserConfig = {FOLDER: str(folder), TRAINER: trainer}
+    run_config[RUN_CONFIG_KEY] = config.to_json()
+    flower.write_app(app, run_config, *apps)
     settings = flower.simulation_settings(config.federation.clients, cpus=1, gpus=0.0)
     environment = flower.flower_environment(folder / "home")
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *_python_path()])

@@ -138,8 +138,7 @@ def main() -> None:
         watches.append([asdict(turns.watch), asdict(beside.watch)])
     made = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     save_file(made, folder / "pfl.safetensors")
-    told = {"version": version("pfl"), "torch": torch.__version__, "watches": watches[1:]}
-    print(json.dumps(told))
+    print(json.dumps({"version": version("pfl"), "watches": watches[1:]}))
 
 
 if __name__ == "__main__":

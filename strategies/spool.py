@@ -1,7 +1,8 @@
 """The updates of one round, on disk: one safetensors file a client, read layer by layer.
 
 The server's memory then depends on the size of a layer and not on the number of clients, and every
-sum can be folded in the order of client names whatever order the updates arrived in.
+sum can be folded in the order of client names whatever order the updates arrived in. The first few
+megabytes may stay in memory, so that a small federation writes no files.
 
 Files are in the safetensors format (https://huggingface.co/docs/safetensors), so that any tool
 opens them. They are written and read here directly: the spool wrote them, so it knows where each
@@ -53,9 +54,15 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Update:
-    path: Path
+    """One client's update: tensors in memory, or where they lie in a file."""
+
     weight: float
+    held: Tensors
+    path: Path
     stored: dict[str, _Stored]
+
+    def has(self, name: str) -> bool:
+        return name in self.held or name in self.stored
 
 
 class UpdateSpool:
@@ -63,13 +70,16 @@ class UpdateSpool:
 
     Args:
         folder: a scratch folder of the spool's own; spooled updates found in it are removed.
+        memory: bytes of updates that stay in memory, so that small ones need no files.
 
     Raises:
         RunError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory: int = 0) -> None:
         self._folder = folder
+        self._memory = memory
+        self._held = 0  # bytes in memory
         self._updates: dict[str, _Update] = {}
         self._shares: dict[str, float] | None = None  # sorted once a round, not once a layer
         try:
@@ -79,7 +89,7 @@ class UpdateSpool:
         self.clear()
 
     def add(self, client: str, weight: float, tensors: Tensors) -> None:
-        """Write one client's update.
+        """Keep one client's update; its tensors must not change afterwards.
 
         Args:
             client: the client's name, which never becomes part of a path.
@@ -93,17 +103,17 @@ class UpdateSpool:
         """
         if client in self._updates:
             raise UpdateError(f"client {client!r} sent a second update in one round")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise UpdateError(f"tensor {name!r} of client {client!r} has dtype {tensor.dtype}")
         path = self._folder / f"update-{len(self._updates):06d}.safetensors"
-        header, stored = _layout(client, tensors)
-        try:
-            with path.open("wb", buffering=_BUFFER) as file:
-                file.write(header)
-                for tensor in tensors.values():
-                    file.write(_bytes_of(tensor))
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
-        self._updates[client] = _Update(path, float(weight), stored)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._held + size <= self._memory:
+            self._held += size
+            self._updates[client] = _Update(float(weight), dict(tensors), path, {})
+        else:
+            stored = self._write(path, tensors)
+            self._updates[client] = _Update(float(weight), {}, path, stored)
         self._shares = None
 
     @property
@@ -137,7 +147,7 @@ class UpdateSpool:
         """
         update = self._updates[client]
         names = {factor: factor_name(name, factor) for factor in factors}
-        wanted = {factor: key for factor, key in names.items() if key in update.stored}
+        wanted = {factor: key for factor, key in names.items() if update.has(key)}
         read = self._read(update, list(wanted.values()))
         return current.with_factors({factor: read[key] for factor, key in wanted.items()})
 
@@ -158,18 +168,33 @@ class UpdateSpool:
             RunError: the file was changed or removed under the run.
         """
         update = self._updates[client]
-        if name not in update.stored:
+        if not update.has(name):
             raise UpdateError(f"the update of client {client!r} has no tensor {name!r}")
         return self._read(update, [name])[name]
 
     def clear(self) -> None:
         """Remove all updates, for the next round."""
         self._updates = {}
+        self._held = 0
         self._shares = None
         for path in self._folder.glob("update-*.safetensors"):
             path.unlink(missing_ok=True)
 
+    def _write(self, path: Path, tensors: Tensors) -> dict[str, _Stored]:
+        header, stored = _layout(tensors)
+        try:
+            with path.open("wb", buffering=_BUFFER) as file:
+                file.write(header)
+                for tensor in tensors.values():
+                    file.write(_bytes_of(tensor))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+        return stored
+
     def _read(self, update: _Update, names: list[str]) -> Tensors:
+        if not update.stored:
+            return {name: update.held[name] for name in names}
         try:
             with update.path.open("rb", buffering=0) as file:
                 return {name: _read_tensor(file, update.stored[name]) for name in names}
@@ -186,13 +211,11 @@ class UpdateSpool:
         )
 
 
-def _layout(client: str, tensors: Tensors) -> tuple[bytes, dict[str, _Stored]]:
+def _layout(tensors: Tensors) -> tuple[bytes, dict[str, _Stored]]:
     """Return the safetensors header for these tensors, and where each of them will lie."""
     entries: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise UpdateError(f"tensor {name!r} of client {client!r} has dtype {tensor.dtype}")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": _DTYPES[tensor.dtype],

@@ -54,6 +54,8 @@ from strategies.validation import Expected, norm
 log = logging.getLogger(__name__)
 ABSURD = 100.0
 """An update of more than so many times the global adapter's norm (at least 1) is refused."""
+UPDATES_IN_MEMORY = 1 << 24
+"""Bytes of a round's updates that are not written to disk."""
 
 
 class AdapterStrategy(Strategy):
@@ -390,7 +392,7 @@ class AdapterStrategy(Strategy):
             if folder is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="fedgraft-")
                 folder = Path(self._temporary.name)
-            self._spool = UpdateSpool(folder)
+            self._spool = UpdateSpool(folder, UPDATES_IN_MEMORY)
         return self._spool
 
     def _close(self) -> None:

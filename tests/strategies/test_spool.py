@@ -24,18 +24,20 @@ def values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.arange(int(np.prod(shape))).reshape(shape).to(dtype)
 
 
+@pytest.mark.parametrize("memory", [0, 1000])
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64]
 )
-def test_what_goes_in_comes_out(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_what_goes_in_comes_out(tmp_path: Path, dtype: torch.dtype, memory: int) -> None:
     update = {
         "head.bias": torch.tensor(3, dtype=dtype),  # no axis at all
         B: values(4, 2, dtype=dtype),
         "head.empty": values(0, 5, dtype=dtype),
         A: values(6, 2, dtype=dtype)[::2].T,  # not contiguous
     }
-    spool = UpdateSpool(tmp_path)
+    spool = UpdateSpool(tmp_path, memory)
     spool.add("0", 1.0, update)
+    assert bool(list(tmp_path.iterdir())) == (memory == 0)
     layer = spool.layer("0", LAYER, CURRENT)
     assert torch.equal(layer.A, update[A]) and layer.A.dtype == dtype
     assert torch.equal(layer.B, update[B]) and layer.scaling == 2.0
@@ -52,6 +54,30 @@ def test_files_are_safetensors_that_others_can_read(tmp_path: Path) -> None:
     read = load_file(file)
     assert read.keys() == update.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in update.items())
+
+
+def test_what_memory_does_not_hold_is_written(tmp_path: Path) -> None:
+    """An update of 56 bytes: two of three fit into 120, and again after the round."""
+    spool = UpdateSpool(tmp_path, memory=120)
+    for _ in range(2):
+        for client in "abc":
+            spool.add(client, 1.0, {A: values(2, 3) + ord(client), B: values(4, 2)})
+        assert [path.name for path in tmp_path.iterdir()] == ["update-000002.safetensors"]
+        for client in "abc":
+            layer = spool.layer(client, LAYER, CURRENT)
+            assert torch.equal(layer.A, values(2, 3) + ord(client))
+            assert torch.equal(layer.B, values(4, 2))
+        spool.clear()
+        assert list(tmp_path.iterdir()) == [] and spool.clients == []
+
+
+@pytest.mark.parametrize("memory", [0, 1000])
+def test_an_update_without_tensors_says_so(tmp_path: Path, memory: int) -> None:
+    spool = UpdateSpool(tmp_path, memory)
+    spool.add("0", 1.0, {})
+    assert spool.layer("0", LAYER, CURRENT).A is CURRENT.A
+    with pytest.raises(UpdateError, match=r"'0' has no tensor 'head.bias'"):
+        spool.extra("0", "head.bias")
 
 
 def test_a_factor_that_did_not_travel_is_the_current_one(tmp_path: Path) -> None:
