@@ -79,14 +79,23 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA layers and extras, both in the stable order of `natural_order`."""
+    """LoRA layers and extras, in the stable order of `natural_order`.
+
+    Attributes:
+        layers: the factors that are trained, by layer.
+        extras: trained tensors that are not LoRA, by name.
+        residual: by layer, what an aggregation rule has added to the base: frozen factors of any
+            rank beside the trained ones, so that a quantised base can take them.
+    """
 
     layers: Mapping[str, LoraLayer]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    residual: Mapping[str, LoraLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _ordered(self.layers))
         object.__setattr__(self, "extras", _ordered(self.extras))
+        object.__setattr__(self, "residual", _ordered(self.residual))
 
     @property
     def scalings(self) -> dict[str, float]:
@@ -143,11 +152,29 @@ class Adapter:
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter with the named tensors replaced; the others stay as they are."""
-        return Adapter.from_tensors(self.tensors() | dict(tensors), self.scalings)
+        made = Adapter.from_tensors(self.tensors() | dict(tensors), self.scalings)
+        return replace(made, residual=self.residual)
+
+    def residual_tensors(self) -> Tensors:
+        """Return the residual's factors as named tensors, its scaling folded into B."""
+        return {
+            factor_name(name, factor): tensor
+            for name, layer in self.residual.items()
+            for factor, tensor in (("A", layer.A), ("B", layer.scaling * layer.B))
+        }
+
+    def with_residual(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with the residual that `residual_tensors` returned.
+
+        Raises:
+            UpdateError: a layer has only one of its two factors, or factors that do not multiply.
+        """
+        return replace(self, residual=Adapter.from_tensors(tensors).layers)
 
     def digest(self) -> str:
         """Return the hash of names, shapes and float32 values: equal adapters, equal digests."""
-        return digest(self.tensors())
+        residual = {f"residual.{name}": t for name, t in self.residual_tensors().items()}
+        return digest(self.tensors() | residual)
 
 
 _Value = TypeVar("_Value")

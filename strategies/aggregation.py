@@ -8,6 +8,7 @@ results are float32: the mean of equal updates is that update, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,19 +16,24 @@ from torch import Tensor
 
 from fedgraft.adapter import Adapter, LoraLayer, Tensors
 from fedgraft.errors import RunError
+from strategies.local import Factors, beside, of_layer
 from strategies.means import weighted_mean
 from strategies.rule import (
-    Factors,
+    ExtraContext,
+    ExtraResult,
     LayerContext,
     LayerResult,
     PerClientRule,
     Rule,
     SumOnlyRule,
+    WeightedExtra,
+    WeightedLayer,
 )
+from strategies.server_optimizer import ServerOptimizer
 from strategies.spool import UpdateSpool
 
-_SEPARATOR = "::"
-"""Between layer and name in the host's flat state; no module path holds it."""
+_STEP = "server-optimizer."
+"""Prefix of the server optimiser's buffers in a layer's state, beside the rule's own tensors."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Aggregated:
 
     Attributes:
         adapter: the next global adapter, in float32.
-        state: the rule's own tensors, named "<layer>::<tensor>", for the next round.
+        state: the rule's own tensors, named by `strategies.local.beside`, for the next round.
         notes: what the rule has to say for the log, each naming its layer.
     """
 
@@ -47,16 +53,25 @@ class Aggregated:
 
 @torch.no_grad()
 def aggregate(
-    rule: Rule, spool: UpdateSpool, current: Adapter, state: Tensors, round: int
+    rule: Rule,
+    spool: UpdateSpool,
+    current: Adapter,
+    state: Tensors,
+    round: int,
+    *,
+    seed: int = 0,
+    participation: float = 1.0,
 ) -> Aggregated:
-    """Aggregate the updates of a round, layer by layer; extras become their weighted means.
+    """Aggregate the updates of a round, layer by layer.
 
     Args:
-        rule: the rule; only the factors that its plan trains are taken from the updates.
+        rule: the rule; only what its plan trains is taken from the updates.
         spool: the validated updates.
         current: the global adapter that the round started from.
         state: the rule's tensors, as the last round's `Aggregated.state` left them.
         round: counted from 1.
+        seed: the run's.
+        participation: the share of all clients that the updates are from.
 
     Raises:
         RunError: there is no update.
@@ -64,49 +79,164 @@ def aggregate(
     """
     if not spool.clients:
         raise RunError(f"round {round} has no update to aggregate", "See which clients failed.")
-    factors = rule.plan(round).train
-    layers: dict[str, LoraLayer] = {}
-    next_state: Tensors = {}
-    notes: list[str] = []
-    for name, layer in current.layers.items():
-        context = LayerContext(name, round, _float32(layer), state=_state_of(name, state))
-        if isinstance(rule, SumOnlyRule):
-            result = _by_sums(rule, spool, context, factors)
-        elif isinstance(rule, PerClientRule):
-            updates = list(spool.updates(name, context.current, factors))
-            result = rule.combine(updates, context)
-        else:
-            raise TypeError(f"{type(rule).__name__} is neither a SumOnlyRule nor a PerClientRule")
-        layers[name] = _float32(result.factors)
-        next_state |= {f"{name}{_SEPARATOR}{key}": value for key, value in result.state.items()}
-        notes += [f"{name}: {note}" for note in result.notes]
-    extras = {name: _mean_extra(spool, name) for name in current.extras}
-    return Aggregated(Adapter(layers, extras), next_state, tuple(notes))
+    return _Round(rule, spool, current, state, round, seed, participation).aggregate()
 
 
-def _by_sums(
-    rule: SumOnlyRule, spool: UpdateSpool, context: LayerContext, factors: Factors
-) -> LayerResult:
-    """Run a sum-only rule's phases; what a phase shares is rounded as if it were broadcast."""
-    for phase in rule.phases(context.round):
-        mean = weighted_mean(
-            (update.share, phase.contribute(update.factors, context))
-            for update in spool.updates(context.name, context.current, factors)
+@dataclass
+class _Round:
+    rule: Rule
+    spool: UpdateSpool
+    current: Adapter
+    state: Tensors
+    round: int
+    seed: int
+    participation: float
+    shares: tuple[float, ...] | None = None  # where the rule gives others than n_k / sum n
+
+    def aggregate(self) -> Aggregated:
+        plan, notes = self.rule.plan(self.round), self._weigh()
+        layers: dict[str, LoraLayer] = {}
+        residual: dict[str, LoraLayer] = {}
+        next_state: Tensors = {}
+        for name in self.current.layers:
+            context = self._context(name)
+            result = self._stepped(self._layer(context, plan.train), context, plan.train)
+            layers[name] = _float32(result.factors)
+            if result.residual is not None:
+                residual[name] = _float32(result.residual)
+            next_state |= {beside(name, key): value for key, value in result.state.items()}
+            notes += [f"{name}: {note}" for note in result.notes]
+        extras: Tensors = {}
+        for name, value in self.current.extras.items():
+            own = of_layer(name, self.state)
+            made = ExtraResult(value, own)
+            if plan.extras:
+                rest = {key: t for key, t in own.items() if not key.startswith(_STEP)}
+                at = ExtraContext(name, self.round, value.float(), rest, self.participation)
+                made = self._stepped_extra(self._extra(at), at, own)
+            extras[name] = made.value.float()
+            next_state |= {beside(name, key): tensor for key, tensor in made.state.items()}
+        return Aggregated(Adapter(layers, extras, residual), next_state, tuple(notes))
+
+    # One layer
+
+    def _context(self, name: str) -> LayerContext:
+        residual = self.current.residual.get(name)
+        return LayerContext(
+            name,
+            self.round,
+            _float32(self.current.layers[name]),
+            state={k: t for k, t in of_layer(name, self.state).items() if not k.startswith(_STEP)},
+            residual=None if residual is None else _float32(residual),
+            seed=self.seed,
+            participation=self.participation,
         )
-        made = {name: tensor.float() for name, tensor in phase.finish(mean, context).items()}
-        context = replace(context, shared={**context.shared, **made})
-    return rule.conclude(context)
+
+    def _updates(self, context: LayerContext, factors: Factors) -> Iterator[WeightedLayer]:
+        updates = self.spool.updates(context.name, context.current, factors)
+        if self.shares is None:
+            yield from updates
+            return
+        for update, share in zip(updates, self.shares, strict=True):
+            yield replace(update, share=share)
+
+    def _layer(self, context: LayerContext, factors: Factors) -> LayerResult:
+        rule = self.rule
+        if isinstance(rule, PerClientRule):
+            return rule.combine(list(self._updates(context, factors)), context)
+        if isinstance(rule, SumOnlyRule):
+            return self._by_sums(rule, context, factors)
+        raise TypeError(f"{type(rule).__name__} is neither a SumOnlyRule nor a PerClientRule")
+
+    def _by_sums(self, rule: SumOnlyRule, context: LayerContext, factors: Factors) -> LayerResult:
+        """Run a sum-only rule's phases; what a phase shares is rounded as if it were broadcast."""
+        for phase in rule.phases(context.round):
+            mean = weighted_mean(
+                (update.share, phase.contribute(update.factors, context))
+                for update in self._updates(context, factors)
+            )
+            made = {name: tensor.float() for name, tensor in phase.finish(mean, context).items()}
+            context = replace(context, shared={**context.shared, **made})
+        return rule.conclude(context)
+
+    def _stepped(self, result: LayerResult, context: LayerContext, factors: Factors) -> LayerResult:
+        """Let the server optimiser, if there is one, step every factor that the round trained."""
+        optimizer = self.rule.server_optimizer
+        if optimizer is None:
+            return result
+        old = of_layer(context.name, self.state)
+        buffers = {key: t for key, t in old.items() if key.startswith(_STEP)}
+        stepped: Tensors = {}
+        for factor in sorted(factors):
+            mean, current = getattr(result.factors, factor), getattr(context.current, factor)
+            stepped[factor], new = _step(optimizer, mean, current, old, factor)
+            buffers |= new
+        factors_made = result.factors.with_factors(stepped)
+        return replace(result, factors=factors_made, state=result.state | buffers)
+
+    # Extras
+
+    def _extra(self, context: ExtraContext) -> ExtraResult:
+        updates = self._extras(context.name)
+        if isinstance(self.rule, PerClientRule):
+            return self.rule.combine_extra(list(updates), context)
+        terms = ((u.share, {"value": u.value, **u.companions}) for u in updates)
+        return self.rule.conclude_extra(weighted_mean(terms), context)
+
+    def _extras(self, name: str) -> Iterator[WeightedExtra]:
+        updates = self.spool.extras(name)
+        if self.shares is None:
+            yield from updates
+            return
+        for update, share in zip(updates, self.shares, strict=True):
+            yield replace(update, share=share)
+
+    def _stepped_extra(
+        self, made: ExtraResult, context: ExtraContext, old: Mapping[str, Tensor]
+    ) -> ExtraResult:
+        optimizer = self.rule.server_optimizer
+        if optimizer is None:
+            return made
+        value, buffers = _step(optimizer, made.value, context.current, old, "value")
+        return ExtraResult(value, made.state | buffers)
+
+    # The whole adapter, before any layer
+
+    def _weigh(self) -> list[str]:
+        """Let a rule that weighs clients by their whole updates do so; return its notes."""
+        rule = self.rule
+        if not isinstance(rule, PerClientRule) or not rule.surveys:
+            return []
+        plan = rule.plan(self.round)
+        total: Tensor | None = None
+        for name in self.current.layers:
+            context = self._context(name)
+            measure = rule.survey(list(self._updates(context, plan.train)), context)
+            total = measure if total is None else total + measure
+        if plan.extras:
+            for name, value in self.current.extras.items():
+                at = ExtraContext(name, self.round, value.float())
+                measure = rule.survey_extra(list(self._extras(name)), at)
+                total = measure if total is None else total + measure
+        assert total is not None
+        weighing = rule.weigh(total, list(self.spool.shares.values()))
+        self.shares = weighing.shares
+        return list(weighing.notes)
 
 
-def _mean_extra(spool: UpdateSpool, name: str) -> Tensor:
-    terms = ((share, {name: spool.extra(client, name)}) for client, share in spool.shares.items())
-    return weighted_mean(terms)[name].float()
+def _step(
+    optimizer: ServerOptimizer,
+    mean: Tensor,
+    current: Tensor,
+    state: Mapping[str, Tensor],
+    name: str,
+) -> tuple[Tensor, Tensors]:
+    """Step one tensor; its buffers are "server-optimizer.<name>.<buffer>" in the state."""
+    prefix = f"{_STEP}{name}."
+    own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+    value, buffers = optimizer.step(mean, current, own)
+    return value, {prefix + key: tensor for key, tensor in buffers.items()}
 
 
 def _float32(layer: LoraLayer) -> LoraLayer:
     return layer.with_factors({"A": layer.A.float(), "B": layer.B.float()})
-
-
-def _state_of(layer: str, state: Tensors) -> Tensors:
-    prefix = layer + _SEPARATOR
-    return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}

@@ -18,6 +18,7 @@ logs as the aggregation bias.
 from __future__ import annotations
 
 from fedgraft.adapter import LoraLayer, Tensors
+from strategies.options import SteppedOptions
 from strategies.rule import Capabilities, LayerContext, Phase, SumOnlyRule
 
 
@@ -41,7 +42,8 @@ class FedAvg(SumOnlyRule):
     name = "fedavg"
     title = "FedAvg (FedIT)"
     citation = "Zhang et al., ICASSP 2024, arXiv:2305.05644"
-    capabilities = Capabilities(sum_only=True)
+    capabilities = Capabilities(sum_only=True, mixed_ranks=True, server_optimizer=True)
+    Options = SteppedOptions
 
     def phases(self, round: int) -> tuple[Phase, ...]:
         """Return the one phase: the means of both factors."""

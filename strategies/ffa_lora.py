@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from fedgraft.adapter import LoraLayer, Tensors
 from strategies.fedavg import keep_mean
-from strategies.rule import B_ONLY, Capabilities, LayerContext, Phase, Plan, SumOnlyRule
+from strategies.local import B_ONLY
+from strategies.options import SteppedOptions
+from strategies.rule import Capabilities, LayerContext, Phase, Plan, SumOnlyRule
 
 
 def factor_b(update: LoraLayer, context: LayerContext) -> Tensors:
@@ -30,7 +32,8 @@ class FFALoRA(SumOnlyRule):
     name = "ffa-lora"
     title = "FFA-LoRA"
     citation = "Sun et al., ICLR 2024, arXiv:2403.12313"
-    capabilities = Capabilities(sum_only=True, exact=True)
+    capabilities = Capabilities(sum_only=True, exact=True, mixed_ranks=True, server_optimizer=True)
+    Options = SteppedOptions
 
     def plan(self, round: int) -> Plan:
         """Return what the paper asks for: B trains and travels, A is derived on both sides."""

@@ -37,6 +37,7 @@ from pydantic import Field
 from fedgraft.adapter import LoraLayer, Tensors
 from strategies.fedavg import MEANS
 from strategies.lora_fair_cosine import corrected_by_cosine
+from strategies.options import RuleOptions, SteppedOptions
 from strategies.ridge import RIDGE_LAMBDA, ridge_correction
 from strategies.rule import (
     Capabilities,
@@ -45,13 +46,12 @@ from strategies.rule import (
     PerClientRule,
     Phase,
     Rule,
-    RuleOptions,
     SumOnlyRule,
     WeightedLayer,
 )
 
 
-class LoRAFairOptions(RuleOptions):
+class LoRAFairOptions(SteppedOptions):
     """Options of LoRA-FAIR.
 
     Attributes:
@@ -76,7 +76,7 @@ class LoRAFair(SumOnlyRule):
     name = "lora-fair"
     title = "LoRA-FAIR"
     citation = "Bian et al., ICCV 2025, arXiv:2411.14961"
-    capabilities = Capabilities(sum_only=True)
+    capabilities = Capabilities(sum_only=True, server_optimizer=True)
     Options = LoRAFairOptions
     options: LoRAFairOptions
 
@@ -101,7 +101,7 @@ class LoRAFairCosine(PerClientRule):
     name = LoRAFair.name
     title = "LoRA-FAIR (cosine)"
     citation = LoRAFair.citation
-    capabilities = Capabilities(sum_only=False)
+    capabilities = Capabilities(sum_only=False, server_optimizer=True)
     Options = LoRAFairOptions
     options: LoRAFairOptions
 

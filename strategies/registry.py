@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fedgraft.config import config_error
 from fedgraft.errors import ConfigError
 from fedgraft.registry import load_plugin
+from strategies.options import SteppedOptions
 from strategies.rule import Rule
 
 GROUP = "fedgraft.rules"
@@ -55,5 +56,8 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
         checked = cls.Options.model_validate(dict(options or {}))
     except ValidationError as error:
         known = [f"strategy.{f.alias or key}" for key, f in cls.Options.model_fields.items()]
-        raise config_error(error, ["strategy.name", *known], prefix="strategy.") from None
-    return cls.build(checked)
+        raise config_error(error, known, prefix="strategy.") from None
+    rule = cls.build(checked)
+    if isinstance(checked, SteppedOptions):
+        rule.server_optimizer = checked.optimizer()
+    return rule

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fedgraft.adapter import LoraLayer, Tensors, factor_name, natural_order
 from fedgraft.errors import RunError, UpdateError
-from strategies.rule import A_AND_B, Factors, WeightedLayer
+from strategies.local import A_AND_B, Factors, of_layer, owner_of
+from strategies.rule import LayerUpdate, WeightedExtra, WeightedLayer
 
 _DTYPES = {
     torch.float64: "F64",
@@ -57,9 +58,11 @@ class _Update:
     """One client's update: tensors in memory, or where they lie in a file."""
 
     weight: float
+    rank: int | None
     held: Tensors
     path: Path
     stored: dict[str, _Stored]
+    companions: dict[str, list[str]]  # by the layer or extra that they stand beside
 
     def has(self, name: str) -> bool:
         return name in self.held or name in self.stored
@@ -88,13 +91,15 @@ class UpdateSpool:
             raise self._unwritable(error) from error
         self.clear()
 
-    def add(self, client: str, weight: float, tensors: Tensors) -> None:
+    def add(self, client: str, weight: float, tensors: Tensors, *, rank: int | None = None) -> None:
         """Keep one client's update; its tensors must not change afterwards.
 
         Args:
             client: the client's name, which never becomes part of a path.
             weight: w_k, finite and above 0.
-            tensors: factors and extras under the adapter's own names.
+            tensors: factors and extras under the adapter's own names, and companions under those
+                of `beside`; factors of a smaller rank padded to the server's.
+            rank: the client's own rank, where it is not the server's.
 
         Raises:
             UpdateError: the client has an update in this round already, or a tensor's dtype cannot
@@ -110,10 +115,11 @@ class UpdateSpool:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._held + size <= self._memory:
             self._held += size
-            self._updates[client] = _Update(float(weight), dict(tensors), path, {})
+            held, stored = dict(tensors), {}
         else:
-            stored = self._write(path, tensors)
-            self._updates[client] = _Update(float(weight), {}, path, stored)
+            held, stored = {}, self._write(path, tensors)
+        companions = _companions(tensors)
+        self._updates[client] = _Update(float(weight), rank, held, path, stored, companions)
         self._shares = None
 
     @property
@@ -151,14 +157,37 @@ class UpdateSpool:
         read = self._read(update, list(wanted.values()))
         return current.with_factors({factor: read[key] for factor, key in wanted.items()})
 
+    def companions(self, client: str, name: str) -> Tensors:
+        """Read what one client's rule sent beside a layer or an extra, by short name, as float32.
+
+        Raises:
+            RunError: the file was changed or removed under the run.
+        """
+        update = self._updates[client]
+        read = self._read(update, update.companions.get(name, []))
+        return {key: tensor.float() for key, tensor in of_layer(name, read).items()}
+
     def updates(
         self, name: str, current: LoraLayer, factors: Factors = A_AND_B
     ) -> Iterator[WeightedLayer]:
         """Read one layer of every update, client by client in the order of names, as float32."""
         for client, share in self.shares.items():
-            update = self.layer(client, name, current, factors)
-            factors32 = LoraLayer(update.A.float(), update.B.float(), update.scaling)
-            yield WeightedLayer(factors32, share)
+            layer = self.layer(client, name, current, factors)
+            rank = self._updates[client].rank
+            update = LayerUpdate(
+                layer.A.float(),
+                layer.B.float(),
+                layer.scaling,
+                layer.rank if rank is None else rank,
+                self.companions(client, name),
+            )
+            yield WeightedLayer(update, share)
+
+    def extras(self, name: str) -> Iterator[WeightedExtra]:
+        """Read one extra of every update, client by client in the order of names, as float32."""
+        for client, share in self.shares.items():
+            value = self.extra(client, name).float()
+            yield WeightedExtra(value, share, self.companions(client, name))
 
     def extra(self, client: str, name: str) -> Tensor:
         """Read one extra of one client's update.
@@ -193,7 +222,7 @@ class UpdateSpool:
         return stored
 
     def _read(self, update: _Update, names: list[str]) -> Tensors:
-        if not update.stored:
+        if not names or not update.stored:
             return {name: update.held[name] for name in names}
         try:
             with update.path.open("rb", buffering=0) as file:
@@ -209,6 +238,14 @@ class UpdateSpool:
             f"updates cannot be spooled in {self._folder}: {error.strerror or error}",
             "Free space there, or choose another run directory.",
         )
+
+
+def _companions(tensors: Tensors) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in tensors:
+        if owner := owner_of(name):
+            found.setdefault(owner, []).append(name)
+    return found
 
 
 def _layout(tensors: Tensors) -> tuple[bytes, dict[str, _Stored]]:
