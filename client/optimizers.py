@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fedgraft.adapter import Tensors
+from fedgraft.adapter import Tensors, parse_factor
 from fedgraft.config import TrainConfig
 
 _SEPARATOR = "::"
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainConfig
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainConfig,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return a fresh AdamW or SGD over the parameters, in their order."""
-    values = list(parameters.values())
+    """Return a fresh AdamW or SGD over the parameters, in their order.
+
+    Args:
+        parameters: by tensor name; those of one rate beside each other.
+        settings: which optimizer, and its settings.
+        rates: by factor, what the learning rate is multiplied by; the groups carry it as
+            "multiplier".
+    """
+    groups = [
+        {"params": [parameter for _, parameter in members], "multiplier": multiplier}
+        for multiplier, members in itertools.groupby(
+            parameters.items(), key=lambda item: rate_of(item[0], rates or {})
+        )
+    ]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            values,
+            groups,
             lr=settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(values, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def rate_of(name: str, rates: Mapping[str, float]) -> float:
+    """Return what the learning rate of a tensor is multiplied by; 1 for an extra."""
+    parsed = parse_factor(name)
+    return rates.get(parsed[1], 1.0) if parsed is not None else 1.0
 
 
 def optimizer_tensors(

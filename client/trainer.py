@@ -15,14 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
-from fedgraft.adapter import Tensors, parse_factor
+from client.latent import Latent
+from client.optimizers import make_optimizer, optimizer_tensors, rate_of, restore_optimizer
+from fedgraft.adapter import Adapter, Tensors, parse_factor
 from fedgraft.config import TrainConfig
 from fedgraft.errors import RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.schedule import learning_rate
 from fedgraft.seeds import forked_torch, stream, torch_seed
 from fedgraft.tasks.task import Batch, Examples, Task
+from strategies.local import Trained, Training
+from strategies.ranks import cut_factor, ranks_of
+
+PLAIN = Training()
+"""The plain loop: both factors and all extras."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Assignment:
         round: counted from 1.
         rounds: of the whole run; the schedule spans them all.
         client: the client's name; batches and dropout are drawn from streams of this name.
-        factors: the factors that train, of "A" and "B"; extras always do.
+        how: which factors train, and what else the rule asks for.
     """
 
     settings: TrainConfig
@@ -43,25 +49,23 @@ class Assignment:
     round: int
     rounds: int
     client: str
-    factors: frozenset[str] = frozenset({"A", "B"})
+    how: Training = PLAIN
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What training leaves behind.
+class LocalResult(Trained):
+    """What training leaves behind; see also `strategies.local.Trained`.
 
     Attributes:
-        tensors: the tensors that were trained, float32, on the CPU.
         loss: mean over the steps' batches.
         steps: optimizer steps taken.
         seconds: wall-clock time of the loop.
         optimizer: the optimizer's state, for `train.optimizer-state = "keep"`.
     """
 
-    tensors: Tensors
-    loss: float
-    steps: int
-    seconds: float
+    loss: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
     optimizer: Tensors = field(default_factory=dict)
 
 
@@ -69,17 +73,18 @@ def train(
     model: ResidentModel,
     task: Task,
     examples: Examples,
-    start: Tensors,
+    start: Adapter,
     work: Assignment,
     optimizer_state: Tensors | None = None,
-) -> Trained:
+) -> LocalResult:
     """Train an adapter on one client's examples.
 
     Args:
         model: the resident model.
         task: gives the loss.
         examples: the client's own.
-        start: every trainable tensor by name; a missing one would leave another client's.
+        start: the whole adapter, of the model's rank or a smaller one; a tensor that it lacked
+            would leave another client's.
         work: what to do.
         optimizer_state: what an earlier round kept, or None for a fresh optimizer.
 
@@ -87,73 +92,142 @@ def train(
         RunError: tensors are missing, the loss is not finite, or the factors did not move.
         ModelError: a tensor does not fit the model.
     """
-    missing = [name for name in model.parameters if name not in start]
+    begin = start.tensors()
+    missing = [name for name in model.parameters if name not in begin]
     if missing:
         raise RunError(f"the adapter to train from lacks {', '.join(missing)}")
     if len(examples) == 0:
         raise RunError(f"client {work.client} has no training examples")
     model.use_threads()
-    model.load(start)
-    parameters = {
-        name: parameter
-        for name, parameter in model.parameters.items()
-        if (factor := parse_factor(name)) is None or factor[1] in work.factors
-    }
+    model.take(start)
+    parameters = _trained(model, work.how)
     began = time.perf_counter()
     with _only_trainable(model, parameters):
-        optimizer = make_optimizer(parameters, work.settings)
-        if optimizer_state is not None:
-            restore_optimizer(optimizer, parameters, optimizer_state)
+        loop = _Loop(model, task, examples, work, parameters, optimizer_state)
         dropout_seed = torch_seed(work.seed, "dropout", round=work.round, client=work.client)
         with forked_torch(dropout_seed, model.device):
-            loss, steps = _loop(model, task, examples, start, work, parameters, optimizer)
+            loss = loop.run()
     seconds = time.perf_counter() - began
-    trained = model.read()
-    kept = {}
-    if work.settings.optimizer_state == "keep":
-        kept = optimizer_tensors(optimizer, parameters)
-    return Trained({name: trained[name] for name in parameters}, loss, steps, seconds, kept)
-
-
-def _loop(
-    model: ResidentModel,
-    task: Task,
-    examples: Examples,
-    start: Tensors,
-    work: Assignment,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[float, int]:
-    settings = work.settings
-    steps = settings.steps_for(len(examples))
-    anchors = _anchors(start, parameters) if settings.proximal_mu else {}
-    batches = batch_indices(
-        len(examples),
-        settings.batch_size,
-        stream(work.seed, "batches", round=work.round, client=work.client),
+    after = model.read()
+    ranks = ranks_of(begin)
+    return LocalResult(
+        {name: cut_factor(name, after[name], ranks.get(name)) for name in parameters},
+        rate=loop.rate,
+        cores=loop.latent.cores(),
+        loss=loss,
+        steps=loop.steps,
+        seconds=seconds,
+        optimizer=loop.kept(),
     )
-    model.train_mode()
-    total = torch.zeros((), device=model.device)
-    for step in range(steps):
-        rate = learning_rate(settings, (work.round - 1) * steps + step, work.rounds * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        total += _backward(model, task, examples, next(batches), settings.micro_batch)
-        for name, anchor in anchors.items():
-            _add_proximal(parameters[name], anchor, settings.proximal_mu)
-        if settings.grad_clip:
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.grad_clip)
-        optimizer.step()
-        if step == 0:
-            _assert_moved(parameters, start, work)
-    loss = float(total) / steps
-    if not np.isfinite(loss):
-        raise RunError(
-            f"training diverged in round {work.round}: the loss is {loss}",
-            f"Lower train.lr (now {settings.lr}) or set train.grad-clip.",
+
+
+def _trained(model: ResidentModel, how: Training) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, those of one learning rate beside each other."""
+    chosen = {
+        name: parameter
+        for name, parameter in model.parameters.items()
+        if (how.extras if (factor := parse_factor(name)) is None else factor[1] in how.factors)
+    }
+    if not how.rates:
+        return chosen
+    return {name: chosen[name] for name in sorted(chosen, key=lambda n: rate_of(n, how.rates))}
+
+
+class _Loop:
+    """One call's optimizer steps.
+
+    Attributes:
+        steps: how many.
+        rate: the learning rates of the steps so far, added up.
+        latent: what trains in place of parameters that lie behind a basis.
+    """
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        task: Task,
+        examples: Examples,
+        work: Assignment,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer_state: Tensors | None,
+    ) -> None:
+        self.model, self.task, self.examples, self.work = model, task, examples, work
+        self.parameters = parameters
+        self.settings = work.settings
+        if work.how.epochs is not None:
+            update = {"epochs": work.how.epochs, "steps": None}
+            self.settings = work.settings.model_copy(update=update)
+        self.steps = self.settings.steps_for(len(examples))
+        self.rate = 0.0
+        self.latent = Latent(parameters, work.how.bases)
+        self.optimizer = make_optimizer(self.latent.leaves, self.settings, work.how.rates)
+        if optimizer_state is not None:
+            restore_optimizer(self.optimizer, self.latent.leaves, optimizer_state)
+        self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.masks = {
+            name: mask.to(parameters[name].device, torch.bool)
+            for name, mask in work.how.masks.items()
+            if name in parameters
+        }
+
+    def run(self) -> float:
+        """Take all steps; return the mean loss of their batches."""
+        work, settings = self.work, self.settings
+        batches = batch_indices(
+            len(self.examples),
+            settings.batch_size,
+            stream(work.seed, "batches", round=work.round, client=work.client),
         )
-    return loss, steps
+        self.model.train_mode()
+        total = torch.zeros((), device=self.model.device)
+        for step in range(self.steps):
+            at = (work.round - 1) * self.steps + step
+            rate = learning_rate(settings, at, work.rounds * self.steps)
+            self.rate += rate
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["multiplier"]
+            total += self._step(next(batches))
+            if step == 0:
+                _assert_moved(self.parameters, self.start, work)
+        loss = float(total) / self.steps
+        if not np.isfinite(loss):
+            raise RunError(
+                f"training diverged in round {work.round}: the loss is {loss}",
+                f"Lower train.lr (now {settings.lr}) or set train.grad-clip.",
+            )
+        return loss
+
+    def _step(self, indices: np.ndarray) -> Tensor:
+        settings, how = self.settings, self.work.how
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        loss = _backward(self.model, self.task, self.examples, indices, settings.micro_batch)
+        if settings.proximal_mu:
+            for name, parameter in self.parameters.items():
+                _add_proximal(parameter, self.start[name], settings.proximal_mu)
+        if how.penalty is not None:
+            how.penalty(self.parameters).backward()  # type: ignore[no-untyped-call]
+        for name, mask in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient.mul_(mask)
+        self.latent.pull_back()
+        if settings.grad_clip:
+            leaves = list(self.latent.leaves.values())
+            torch.nn.utils.clip_grad_norm_(leaves, settings.grad_clip)
+        self.optimizer.step()
+        self.latent.push_forward()
+        with torch.no_grad():
+            for name, mask in self.masks.items():  # which weight decay does not heed
+                parameter = self.parameters[name]
+                parameter.copy_(torch.where(mask, parameter, self.start[name]))
+        return loss
+
+    def kept(self) -> Tensors:
+        """Return the optimizer's state where the config keeps it."""
+        if self.settings.optimizer_state != "keep":
+            return {}
+        return optimizer_tensors(self.optimizer, self.latent.leaves)
 
 
 def _backward(
@@ -188,20 +262,15 @@ def batch_indices(examples: int, batch_size: int, rng: np.random.Generator) -> I
         pool = pool[size:]
 
 
-def _anchors(start: Tensors, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {
-        name: start[name].to(parameter.device, parameter.dtype)
-        for name, parameter in parameters.items()
-    }
-
-
 def _add_proximal(parameter: nn.Parameter, anchor: Tensor, mu: float) -> None:
     """Add the gradient of mu/2 ||w - w_global||^2 (Li et al. 2020, FedProx, equation 2)."""
     if parameter.grad is not None:
         parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
 
 
-def _assert_moved(parameters: Mapping[str, nn.Parameter], start: Tensors, work: Assignment) -> None:
+def _assert_moved(
+    parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], work: Assignment
+) -> None:
     """Fail when the first step changed no factor: a model whose adapter is not connected.
 
     At the end of a long schedule a step may be too small for float32 to show; there it is enough
@@ -210,7 +279,7 @@ def _assert_moved(parameters: Mapping[str, nn.Parameter], start: Tensors, work: 
     for name, parameter in parameters.items():
         if parse_factor(name) is None:
             continue
-        if not torch.equal(parameter.detach().cpu(), start[name].to(parameter.dtype)):
+        if not torch.equal(parameter.detach(), start[name]):
             return
         if work.round > 1 and parameter.grad is not None and parameter.grad.any():
             return

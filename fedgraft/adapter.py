@@ -19,7 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from fedgraft import npy
+from fedgraft import npy, sparse
 from fedgraft.errors import UpdateError
 
 Tensors = dict[str, Tensor]
@@ -28,6 +28,7 @@ Tensors = dict[str, Tensor]
 PREFIX = "base_model.model."
 _NUMPY = "numpy.ndarray"
 """What Flower calls the serialisation of numpy.save, the one that its own strategies read."""
+_SPARSE = "fedgraft.sparse"
 _FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight$")
 
 
@@ -53,6 +54,13 @@ def parse_factor(name: str) -> tuple[str, str] | None:
     """
     match = _FACTOR.match(name)
     return (match["layer"], match["factor"]) if match else None
+
+
+def pad_rank(factor: Tensor, rank: int, axis: int) -> Tensor:
+    """Return a factor with zeros appended along its rank's axis."""
+    shape = list(factor.shape)
+    shape[axis] = rank - shape[axis]
+    return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
 
 
 @dataclass(frozen=True)
@@ -201,12 +209,23 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Encode named tensors as a Flower ArrayRecord that Flower's own strategies can read too."""
+def to_arrays(tensors: Mapping[str, Tensor], *, compact: bool = False) -> ArrayRecord:
+    """Encode named tensors as a Flower ArrayRecord that Flower's own strategies can read too.
+
+    Args:
+        tensors: by name.
+        compact: write float32 tensors so that zeros take a bit (see `fedgraft.sparse`), where that
+            is smaller; only `from_arrays` reads those.
+    """
     record = ArrayRecord()  # filled here, since its constructor makes every Array anew
     for name, tensor in tensors.items():
         values = _numpy(tensor)
-        record[name] = Array(values.dtype.name, values.shape, _NUMPY, npy.dump(values))
+        form, data = _NUMPY, npy.dump(values)
+        if compact and values.dtype == np.float32:
+            packed = sparse.dump(values)
+            if len(packed) < len(data):
+                form, data = _SPARSE, packed
+        record[name] = Array(values.dtype.name, values.shape, form, data)
     return record
 
 
@@ -219,6 +238,9 @@ def from_arrays(arrays: ArrayRecord) -> Tensors:
     tensors: Tensors = {}
     for name, array in arrays.items():
         try:
+            if array.stype == _SPARSE:
+                tensors[name] = torch.from_numpy(sparse.load(array.data, tuple(array.shape)))
+                continue
             if array.stype != _NUMPY:
                 raise TypeError(f"it is serialised as {array.stype!r}, not {_NUMPY!r}")
             values = npy.load(array.data)

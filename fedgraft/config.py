@@ -78,8 +78,12 @@ class AdapterConfig(Group):
 
     @property
     def scaling(self) -> float:
+        """The scaling of the whole rank; see `scaling_at`."""
+        return self.scaling_at(self.rank)
+
+    def scaling_at(self, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rslora (Kalajdzievski 2023, arXiv:2312.03732)."""
-        return self.alpha / (self.rank**0.5 if self.type == "rslora" else self.rank)
+        return self.alpha / (rank**0.5 if self.type == "rslora" else rank)
 
 
 class FederationConfig(Group):
@@ -93,6 +97,7 @@ class FederationConfig(Group):
     partition: Literal["iid", "dirichlet", "shards", "domain", "natural"] | None = None
     concentration: Annotated[float, Field(gt=0.0)] = 0.5  # Dirichlet's alpha: small is skewed
     partition_column: str | None = None
+    ranks: list[Positive] | Literal["by-memory"] | None = None  # one a client; all adapter.rank
 
 
 class TrainConfig(Group):

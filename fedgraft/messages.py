@@ -15,7 +15,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedgraft.adapter import Tensors, from_arrays
 from fedgraft.errors import UpdateError
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, COMPANIONS, CONFIG, METRICS = "arrays", "companions", "config", "metrics"
+RESIDUAL, RULE, CONSTANT = "residual/", "rule/", "constant/"
+"""Prefixes of the companions: what has joined the base, what the rule sends, and sends but once."""
 _LARGEST_METRIC = 1e15
 """A metric beyond it is nonsense, and sums of them could overflow."""
 _LONGEST_NAME = 100
@@ -37,6 +39,10 @@ class TrainRequest:
         base_hash: the base that the server holds; "" accepts any.
         durable_round: the oldest round that the server may resume from; older personal state
             may be dropped.
+        companions: what goes down beside the adapter (a residual, the rule's own tensors), encoded;
+            None for nothing.
+        constants_hash: digest of the tensors that the rule sends only once; "" for none.
+        split: which of the client's data an evaluation is on, "validation" or "test".
     """
 
     round: int
@@ -46,6 +52,9 @@ class TrainRequest:
     a_hash: str = ""
     base_hash: str = ""
     durable_round: int = 0
+    companions: ArrayRecord | None = None
+    constants_hash: str = ""
+    split: str = "validation"
 
     def encode(self, extra: ConfigRecord | None = None) -> RecordDict:
         """Return the records of a Flower message, on top of the caller's own settings."""
@@ -56,7 +65,12 @@ class TrainRequest:
         config["a-hash"] = self.a_hash
         config["base-hash"] = self.base_hash
         config["durable-round"] = self.durable_round
-        return RecordDict({ARRAYS: self.arrays, CONFIG: config})
+        config["constants-hash"] = self.constants_hash
+        config["split"] = self.split
+        content = RecordDict({ARRAYS: self.arrays, CONFIG: config})
+        if self.companions is not None:
+            content[COMPANIONS] = self.companions
+        return content
 
     @classmethod
     def decode(cls, content: RecordDict) -> TrainRequest:
@@ -74,6 +88,9 @@ class TrainRequest:
             a_hash=str(config.get("a-hash", "")),
             base_hash=str(config.get("base-hash", "")),
             durable_round=int(_number(config, "durable-round", 0)),
+            companions=_records(content, ArrayRecord).get(COMPANIONS),
+            constants_hash=str(config.get("constants-hash", "")),
+            split=str(config.get("split", "validation")),
         )
 
     def tensors(self) -> Tensors:
@@ -90,12 +107,14 @@ class Reply:
         weight: how many examples the client trained or evaluated on.
         metrics: numbers by name (`loss`, `steps`, `seconds`, the task's metric).
         refusal: why the client would not do it; "" when it did.
+        companions: what the rule sends beside the tensors, encoded; None for nothing.
     """
 
     arrays: ArrayRecord | None = None
     weight: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     refusal: str = ""
+    companions: ArrayRecord | None = None
 
     def encode(self) -> RecordDict:
         """Return the records of a Flower message."""
@@ -105,6 +124,8 @@ class Reply:
         records = RecordDict({METRICS: metrics})
         if self.arrays is not None:
             records[ARRAYS] = self.arrays
+        if self.companions is not None:
+            records[COMPANIONS] = self.companions
         return records
 
     @classmethod
@@ -131,8 +152,10 @@ class Reply:
             and isinstance(value, int | float)
             and abs(value) <= _LARGEST_METRIC  # which NaN is not
         }
-        arrays = _arrays(content) if _records(content, ArrayRecord) else None
-        return cls(arrays=arrays, weight=float(weight), metrics=numbers)
+        sent = _records(content, ArrayRecord)
+        companions = sent.get(COMPANIONS)
+        arrays = _arrays(content) if sent else None
+        return cls(arrays=arrays, weight=float(weight), metrics=numbers, companions=companions)
 
 
 @dataclass(frozen=True)
@@ -142,16 +165,18 @@ class Hello:
     Attributes:
         name: the client's name, unique in the federation.
         description: what its data is, in a few words, where it may say so.
+        memory: bytes that its machine has for the work; 0 where it does not say.
     """
 
     name: str
     description: str = ""
+    memory: int = 0
 
     def encode(self) -> RecordDict:
         """Return the records of a Flower message."""
-        return RecordDict(
-            {CONFIG: ConfigRecord({"name": self.name, "description": self.description})}
-        )
+        config = ConfigRecord({"name": self.name, "description": self.description})
+        config["memory"] = self.memory
+        return RecordDict({CONFIG: config})
 
     @classmethod
     def decode(cls, content: RecordDict) -> Hello:
@@ -166,7 +191,8 @@ class Hello:
             raise UpdateError("the node answered without a client name")
         if len(name) > _LONGEST_NAME or not name.isprintable():
             raise UpdateError(f"the node calls itself {name[:_LONGEST_NAME]!r}")
-        return cls(name, str(config.get("description", "")))
+        memory = int(_number(config, "memory", 0))
+        return cls(name, str(config.get("description", "")), max(0, memory))
 
 
 def _records(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedgraft.adapter import Adapter, Tensors, digest, natural_order, parse_factor
+from fedgraft.adapter import (
+    Adapter,
+    LoraLayer,
+    Tensors,
+    digest,
+    natural_order,
+    pad_rank,
+    parse_factor,
+)
 from fedgraft.config import Config
 from fedgraft.errors import ModelError
 from fedgraft.registry import load_plugin
@@ -99,6 +107,12 @@ class ResidentModel:
             if parameter.requires_grad
         }
         self.parameters = {name: named[name] for name in sorted(named, key=natural_order)}
+        self._lora = {  # PEFT's layers, by the adapter's layer names
+            parsed[0]: self.model.get_submodule(parsed[0])
+            for name in self.parameters
+            if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
+        }
+        self._residual: list[torch.utils.hooks.RemovableHandle] = []
         # Kept, since the next run in this process must not start from the last one's head.
         self._base_extras = {
             name: parameter.detach().float().cpu().clone()
@@ -165,6 +179,40 @@ class ResidentModel:
                 )
             parameter.copy_(tensor)
 
+    def take(self, adapter: Adapter) -> None:
+        """Load a whole adapter: its factors, its scalings, its extras and its residual.
+
+        Factors of a smaller rank than the model's are padded with zeros, which get no gradient and
+        add nothing: the model then is the one of that rank.
+
+        Raises:
+            ModelError: a tensor that the model has not, or of another shape.
+        """
+        tensors = adapter.tensors()
+        for name, tensor in tensors.items():
+            parsed, parameter = parse_factor(name), self.parameters.get(name)
+            if parsed is not None and parameter is not None:
+                axis = 0 if parsed[1] == "A" else 1
+                if tensor.shape[axis] < parameter.shape[axis]:
+                    tensors[name] = pad_rank(tensor, parameter.shape[axis], axis)
+        self.load(tensors)
+        for name, module in self._lora.items():
+            module.scaling["default"] = adapter.layers[name].scaling  # type: ignore[index, operator]
+        self._hold_residual(adapter.residual)
+
+    def lora_module(self, layer: str) -> nn.Module:
+        """Return PEFT's module of one of the adapter's layers."""
+        return self._lora[layer]
+
+    def _hold_residual(self, residual: Mapping[str, LoraLayer]) -> None:
+        """Let every layer add its residual's output to its own, whatever the base is stored as."""
+        for handle in self._residual:
+            handle.remove()
+        self._residual = [
+            self._lora[name].register_forward_hook(_adding(layer, self.device))
+            for name, layer in residual.items()
+        ]
+
     def read(self) -> Tensors:
         """Return copies of the trainable tensors, float32, on the CPU."""
         return {
@@ -180,7 +228,7 @@ class ResidentModel:
         """Load an adapter and return the task's metrics on the examples."""
         batch_size = task.config.evaluate.batch_size or task.evaluation_batch
         self.use_threads()
-        self.load(adapter.tensors())
+        self.take(adapter)
         self.model.eval()
         with torch.inference_mode():
             metrics = task.measure(self.model, self.batches(examples, batch_size))
@@ -243,6 +291,19 @@ def resident_model(task: Task, config: Config) -> ResidentModel:
         _resident.clear()
         _resident[key] = ResidentModel(task, config)
     return _resident[key]
+
+
+def _adding(
+    layer: LoraLayer, device: torch.device
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return a forward hook that adds x (scaling B A)^T to a linear layer's output."""
+    A, B = layer.A.to(device), (layer.scaling * layer.B).to(device)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0].to(A.dtype)
+        return output + ((x @ A.T) @ B.T).to(output.dtype)
+
+    return add
 
 
 def derive_A(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

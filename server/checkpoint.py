@@ -22,6 +22,7 @@ from strategies.rounds import StrategyState
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 _ADAPTER, _BEST, _RULE = "adapter/", "best/", "rule/"
+_RESIDUAL, _BEST_RESIDUAL = "residual/", "best-residual/"
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,19 @@ class Checkpoints:
         """
         state = checkpoint.state
         tensors: Tensors = _prefixed(_ADAPTER, state.adapter.tensors())
+        tensors |= _prefixed(_RESIDUAL, state.adapter.residual_tensors())
         tensors |= _prefixed(_RULE, state.rule)
         current_is_best = checkpoint.best is state.adapter  # then it is written only once
         if checkpoint.best is not None and not current_is_best:
             tensors |= _prefixed(_BEST, checkpoint.best.tensors())
+            tensors |= _prefixed(_BEST_RESIDUAL, checkpoint.best.residual_tensors())
         notes = {
             "round": state.round,
             "scalings": state.adapter.scalings,
             "current-is-best": current_is_best,
+            "ranks": dict(state.ranks),
+            "holders": sorted(state.holders),
+            "constants-hash": state.constants_hash,
             "run": checkpoint.notes,
         }
         write_tensors(self.folder / f"round-{state.round:06d}.safetensors", tensors, notes)
@@ -126,9 +132,19 @@ def _read(path: Path) -> Checkpoint:
 def _decoded(tensors: Tensors, notes: Mapping[str, Any]) -> Checkpoint:
     scalings = notes["scalings"]
     adapter = Adapter.from_tensors(_under(_ADAPTER, tensors), scalings)
+    adapter = adapter.with_residual(_under(_RESIDUAL, tensors))
     best: Adapter | None = adapter
     if not notes["current-is-best"]:
         own = _under(_BEST, tensors)
         best = Adapter.from_tensors(own, scalings) if own else None
-    state = StrategyState(int(notes["round"]), adapter, _under(_RULE, tensors))
+        if best is not None:
+            best = best.with_residual(_under(_BEST_RESIDUAL, tensors))
+    state = StrategyState(
+        int(notes["round"]),
+        adapter,
+        _under(_RULE, tensors),
+        ranks=notes["ranks"],
+        holders=frozenset(notes["holders"]),
+        constants_hash=notes["constants-hash"],
+    )
     return Checkpoint(state, best, notes["run"])

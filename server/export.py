@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgraft.adapter import Adapter
+import torch
+
+from fedgraft.adapter import Adapter, LoraLayer, pad_rank
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.files import read_tensors, write_bytes, write_tensors, write_text
@@ -23,15 +25,48 @@ def write_adapter(folder: Path, adapter: Adapter, model: ResidentModel, card: st
     Raises:
         RunError: the disk is full.
     """
-    write_tensors(folder / WEIGHTS, adapter.tensors())
-    write_text(folder / SETTINGS, json.dumps(_settings(model), indent=2, sort_keys=True) + "\n")
+    whole = with_residual_joined(adapter)
+    write_tensors(folder / WEIGHTS, whole.tensors())
+    settings = json.dumps(_settings(model, whole), indent=2, sort_keys=True)
+    write_text(folder / SETTINGS, settings + "\n")
     write_text(folder / CARD, card)
 
 
-def _settings(model: ResidentModel) -> dict[str, Any]:
+def with_residual_joined(adapter: Adapter) -> Adapter:
+    """Return an adapter of a larger rank and no residual that computes the same.
+
+    Each layer is [B, B_res], [A; A_res]; PEFT knows one rank and one alpha for all layers, so those
+    with less are padded with zeros.
+    """
+    if not adapter.residual:
+        return adapter
+    rank = max(
+        layer.rank + (adapter.residual[name].rank if name in adapter.residual else 0)
+        for name, layer in adapter.layers.items()
+    )
+    joined: dict[str, LoraLayer] = {}
+    for name, layer in adapter.layers.items():
+        A, B = layer.A, layer.B
+        if (more := adapter.residual.get(name)) is not None:
+            A = torch.cat([A, more.A])
+            B = torch.cat([B, more.B * (more.scaling / layer.scaling)], dim=1)
+        joined[name] = LoraLayer(pad_rank(A, rank, 0), pad_rank(B, rank, 1), layer.scaling)
+    return Adapter(joined, adapter.extras)
+
+
+def _settings(model: ResidentModel, adapter: Adapter) -> dict[str, Any]:
     """Return PEFT's own config of the adapter; its sets are sorted so that equal runs write
-    equal files."""
+    equal files.
+
+    PEFT divides alpha by the rank that the file has (its root, for rsLoRA), so a rank that a
+    residual has raised raises alpha, too: the scaling stays.
+    """
     settings = model.peft_config() | {"inference_mode": True}
+    rank = next((layer.rank for layer in adapter.layers.values()), settings["r"])
+    if rank != settings["r"]:
+        ratio = rank / settings["r"]
+        settings["lora_alpha"] *= ratio**0.5 if settings["use_rslora"] else ratio
+        settings["r"] = rank
     return {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
 
 

@@ -33,7 +33,10 @@ from server.export import adapter_card, read_adapter, write_adapter
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.summary import Bookkeeping, summarise
 from server.tracking import TensorBoard, round_record
-from strategies.rounds import RoundHooks, RoundOutcome
+from strategies.ranks import by_rank, by_root
+from strategies.registry import build_rule
+from strategies.replies import mean_metrics
+from strategies.rounds import ClientReport, RoundHooks, RoundOutcome
 from strategies.strategy import AdapterStrategy
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ class FederatedRun(RoundHooks):
     def __init__(self, config: Config, directory: RunDirectory) -> None:
         self.directory = directory
         self.task = resident_task(config)
+        self.rule = build_rule(config.strategy.name, config.strategy.options)
         self.model = resident_model(self.task, config)
         # The thread count decides the last bits of every sum, so the record holds it.
         self.config = config.with_overrides({"threads": self.model.threads})
@@ -80,6 +84,7 @@ class FederatedRun(RoundHooks):
         self.validation = self.task.validation()
         self.best: Adapter | None = None
         self.books: Bookkeeping | None = None
+        self._clients_final: float | None = None
         self._resumed_wall = 0.0
         self._began = time.perf_counter()
 
@@ -99,11 +104,15 @@ class FederatedRun(RoundHooks):
         else:
             self._continue(checkpoint)
             start = checkpoint.state.adapter
-        if checkpoint is None or not self._finished(checkpoint.state.round):
+        rounds = self.config.federation.rounds
+        done = checkpoint is not None and self._finished(checkpoint.state.round)
+        if checkpoint is not None and done:
+            rounds = checkpoint.state.round
+        if not done or self.rule.capabilities.personal:  # whose clients are asked for their tests
             self._strategy().start(
                 grid,
                 to_arrays(start.tensors()),
-                num_rounds=self.config.federation.rounds,
+                num_rounds=rounds,
                 timeout=self.config.federation.deadline,
                 resume=checkpoint.state if checkpoint is not None else None,
             )
@@ -112,8 +121,7 @@ class FederatedRun(RoundHooks):
     def _strategy(self) -> AdapterStrategy:
         config = self.config
         return AdapterStrategy(
-            config.strategy.name,
-            options=config.strategy.options,
+            self.rule,
             scaling=config.adapter.scaling,
             fraction=config.federation.fraction,
             clients=config.federation.clients,
@@ -123,6 +131,8 @@ class FederatedRun(RoundHooks):
             derive_A=config.adapter.from_ is None,  # a given A is in no seed
             lineage=self.lineage,
             base_hash=self.model.base_hash,
+            ranks=config.federation.ranks,
+            rank_scaling=by_root if config.adapter.type == "rslora" else by_rank,
             spool=self.directory.spool,
             hooks=self,
         )
@@ -164,7 +174,7 @@ class FederatedRun(RoundHooks):
         )
         if self.books is not None:
             return
-        initial = self._evaluate(outcome.state.adapter, test=True)[self.task.metric]
+        initial = self._test(outcome.state.adapter, outcome.test)
         if not math.isfinite(initial):
             raise ModelError(
                 f"the untouched base has a test {self.task.metric} of {initial}",
@@ -202,11 +212,14 @@ class FederatedRun(RoundHooks):
         validation = None
         if round % self.config.evaluate.every == 0 or round == rounds:
             began = time.perf_counter()
-            validation = self._evaluate(outcome.state.adapter)
+            validation = self._validate(outcome)
             spent = outcome.seconds | {"evaluate": time.perf_counter() - began}
             outcome = replace(outcome, seconds=spent)
             before = self.books.best_round if self.books.best is not None else None
             self.books = self.books.after_evaluation(self.task, round, validation[self.task.metric])
+            if self.rule.capabilities.personal:
+                # parts of the adapter are the clients' own, and only the last ones are still there
+                self.books = replace(self.books, best_round=round)
             if self.books.best_round != before:
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
@@ -227,9 +240,40 @@ class FederatedRun(RoundHooks):
         self.books = replace(self.books, wall_seconds=wall)
         self.checkpoints.save(Checkpoint(outcome.state, self.best, self.books.to_json()))
 
+    def _validate(self, outcome: RoundOutcome) -> dict[str, float]:
+        if self.rule.capabilities.personal and outcome.validation:
+            return self._mean(outcome.validation)
+        return self._evaluate(outcome.state.adapter)
+
+    def _test(self, adapter: Adapter, reports: Mapping[str, ClientReport]) -> float:
+        """Return the test metric: the mean of the clients' own, or of the global adapter."""
+        if reports:
+            return self._mean(reports)[self.task.metric]
+        return self._evaluate(adapter, test=True)[self.task.metric]
+
     def _evaluate(self, adapter: Adapter, *, test: bool = False) -> dict[str, float]:
         examples = self.task.test() if test else self.validation
         return self.model.evaluate(self.task, adapter, examples)
+
+    def _mean(self, reports: Mapping[str, ClientReport]) -> dict[str, float]:
+        """Average what the clients report of what they hold, weighted by examples.
+
+        Raises:
+            RunError: no client reported the task's metric.
+        """
+        means: Mapping[str, Any] = mean_metrics(reports) or {}
+        if self.task.metric not in means:
+            raise RunError(
+                f"no client could evaluate what it holds after the round: {self.rule.name} leaves "
+                "a part of the adapter on them",
+                "See the log for the clients' reasons.",
+            )
+        return {name: float(value) for name, value in means.items()}
+
+    def on_end(self, test: Mapping[str, ClientReport]) -> None:
+        """Remember what the clients' own parts reached on the test split, where there are some."""
+        if test:
+            self._clients_final = self._mean(test)[self.task.metric]
 
     # The end
 
@@ -239,7 +283,9 @@ class FederatedRun(RoundHooks):
                 "the run has no adapter to keep: no round was evaluated",
                 "Set evaluate.every to at most federation.rounds.",
             )
-        final = self._evaluate(self.best, test=True)[self.task.metric]
+        final = self._clients_final
+        if final is None:
+            final = self._test(self.best, {})
         wall = self._resumed_wall + time.perf_counter() - self._began
         self.books = replace(self.books, wall_seconds=wall)
         records = self.directory.rounds()

@@ -65,7 +65,7 @@ def _long(
         model,
         task,
         examples,
-        model.initial_adapter(config.seed).tensors(),
+        model.initial_adapter(config.seed),
         Assignment(
             settings=settings.model_copy(update={"steps": steps, "epochs": None}),
             seed=config.seed,

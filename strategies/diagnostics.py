@@ -3,7 +3,7 @@
 With DW = sum p_k B_k A_k and R = DW - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar), a layer has
 
 - the aggregation bias of averaging, ||R|| / ||DW||, and of the rule's result,
-  ||DW - B A|| / ||DW||;
+  ||DW - B A - J|| / ||DW||, J what joined the base in this round (over the layer's scaling);
 - the repairable share ||R P|| / ||R||, P the projection on the row space of Abar: what no
   correction of B alone can exceed (LoRA-FAIR, arXiv:2411.14961, corrects B alone).
 
@@ -12,7 +12,7 @@ with its scaling. These figures need single updates, so they are the host's and 
 may see them.
 
 Cost. No matrix of size d_out x d_in is formed. All factors of a layer together are n = (K + 3) r
-columns; up to n = 384 everything follows exactly from their two n x n Gram matrices, in
+columns, and those of what had joined the base before and after; up to n = 384 everything follows exactly from their two n x n Gram matrices, in
 2 n^2 (d_in + d_out) operations of float64. Above that (K = 46 clients at r = 8, 22 at r = 16) norms
 are taken behind a fixed random projection of d_in to 128 dimensions, in 256 K r (d_in + d_out)
 operations of float32 and memory free of K: exact for layers no wider than that, and else with a
@@ -46,7 +46,7 @@ class AggregationBias:
 
     Attributes:
         before: ||DW - Bbar Abar|| / ||DW||, the bias of averaging; None where DW = 0.
-        after: ||DW - B A|| / ||DW|| for the rule's result; None where DW = 0.
+        after: ||DW - B A - J|| / ||DW|| for the rule's result; None where DW = 0.
         repairable: ||R P_row(Abar)|| / ||R||, from 0 to 1; None where averaging has no bias.
         layers: the same for each layer; empty for a layer.
     """
@@ -59,7 +59,7 @@ class AggregationBias:
 
 @dataclass(frozen=True)
 class _Squares:
-    """Squared Frobenius norms of DW, R, DW - B A and R P."""
+    """Squared Frobenius norms of DW, R, DW - B A - J and R P."""
 
     ideal: float = 0.0
     averaging: float = 0.0
@@ -110,31 +110,51 @@ def aggregation_bias(
     for name, layer in current.layers.items():
         updates = partial(spool.updates, name, layer, factors)
         result = made.layers[name]
-        if (len(spool.shares) + 3) * layer.rank <= _EXACT_COLUMNS:
-            squares = _by_gram(list(updates()), result)
+        joined = _joined(name, current, made)
+        columns = (len(spool.shares) + 3) * layer.rank + sum(len(A) for _, A in joined)
+        if columns <= _EXACT_COLUMNS:
+            squares = _by_gram(list(updates()), result, joined)
         else:
             width = layer.A.shape[1]
             if width not in projections:
                 projections[width] = _projection(width)
-            squares = _by_projection(updates, result, projections[width])
+            squares = _by_projection(updates, result, joined, projections[width])
         layers[name] = squares.bias()
         total = total.plus(squares, layer.scaling)
     return total.bias(layers)
 
 
-def _by_gram(updates: Sequence[WeightedLayer], result: LoraLayer) -> _Squares:
+def _joined(name: str, current: Adapter, made: Adapter) -> list[tuple[Tensor, Tensor]]:
+    """Return J as pairs B, A: what stands beside the base now, less what stood there before.
+
+    Its products are as of a layer with the trained factors' scaling, in float64.
+    """
+    scaling = current.layers[name].scaling
+    return [
+        (sign * side.scaling / scaling * side.B.double(), side.A.double())
+        for sign, adapter in ((1.0, made), (-1.0, current))
+        if (side := adapter.residual.get(name)) is not None
+    ]
+
+
+def _by_gram(
+    updates: Sequence[WeightedLayer],
+    result: LoraLayer,
+    joined: Sequence[tuple[Tensor, Tensor]],
+) -> _Squares:
     """Measure one layer exactly.
 
-    Four groups of columns times rows, side by side: R as p_k (B_k - Bbar) and A_k - Abar; Bbar and
-    Abar; Bbar - B and Abar; B and Abar - A. The first two add up to DW, all but the second to
-    DW - B A, and a squared norm is the sum of a block of the product of both Gram matrices.
+    Five groups of columns times rows, side by side: R as p_k (B_k - Bbar) and A_k - Abar; Bbar and
+    Abar; Bbar - B and Abar; B and Abar - A; and -J. The first two add up to DW, all but the second
+    to DW - B A - J, and a squared norm is the sum of a block of the product of both Gram matrices.
     """
     A_mean, B_mean = (mean.double() for mean in _means(updates))
     A, B = result.A.double(), result.B.double()
     centred = [update.share * (update.factors.B - B_mean) for update in updates]
     drifts = [update.factors.A - A_mean for update in updates]
-    left = torch.cat([*centred, B_mean, B_mean - B, B], dim=1)
-    right = torch.cat([*drifts, A_mean, A_mean, A_mean - A])
+    joined_B, joined_A = [-B for B, _ in joined], [A for _, A in joined]
+    left = torch.cat([*centred, B_mean, B_mean - B, B, *joined_B], dim=1)
+    right = torch.cat([*drifts, A_mean, A_mean, A_mean - A, *joined_A])
     gram_left, gram_right = left.T @ left, right @ right.T
     r, n = len(A), len(updates) * len(A)
     products = gram_left * gram_right
@@ -151,25 +171,30 @@ def _by_gram(updates: Sequence[WeightedLayer], result: LoraLayer) -> _Squares:
 
 
 def _by_projection(
-    updates: Callable[[], Iterable[WeightedLayer]], result: LoraLayer, projection: Tensor
+    updates: Callable[[], Iterable[WeightedLayer]],
+    result: LoraLayer,
+    joined: Sequence[tuple[Tensor, Tensor]],
+    projection: Tensor,
 ) -> _Squares:
     """Measure one layer with d_in projected down, client by client in two passes.
 
     The repairable part needs no estimate: R Abar^T (d_out, r) is small as it stands.
     """
     A_mean, B_mean = _means(updates())
-    A, B = result.A.float(), result.B.float()
     # beside each other, what every A_k - Abar is multiplied by: the projection, and Abar^T
     behind = torch.cat([projection, A_mean.T], dim=1)
-    residual = torch.zeros(len(B), behind.shape[1], dtype=torch.float64)
+    residual = torch.zeros(len(B_mean), behind.shape[1], dtype=torch.float64)
     for update in updates():
         drift = (update.factors.A - A_mean) @ behind
         residual += update.share * ((update.factors.B - B_mean) @ drift).double()
     columns = projection.shape[1]
     seen, onto_mean = residual[:, :columns], residual[:, columns:]
-    ideal = seen + (B_mean @ (A_mean @ projection)).double()
-    left_over = seen + ((B_mean - B) @ (A_mean @ projection)).double()
-    left_over += (B @ ((A_mean - A) @ projection)).double()
+    # in float64 from here on: other factors of the same product cancel against the means
+    wide = projection.double()
+    ideal = seen + B_mean.double() @ (A_mean.double() @ wide)
+    left_over = ideal - result.B.double() @ (result.A.double() @ wide)
+    for B, A in joined:
+        left_over -= B @ (A @ wide)
     return _Squares(
         ideal=float(ideal.square().sum()),
         averaging=float(seen.square().sum()),

@@ -89,6 +89,7 @@ class LocalWork:
         client: the client's name.
         start: the adapter that the client holds, by tensor name, in the client's own rank.
         scalings: alpha / r of every layer, r the client's own rank.
+        scaling_at: the scaling that any other rank has, for a client that lowers its own.
         companions: what the rule sent beside the adapter, named by `beside`.
         kept: what the rule kept on this client in its last round; empty in its first.
         plan_factors: the factors that the round's plan trains.
@@ -104,6 +105,7 @@ class LocalWork:
     client: str
     start: Tensors
     scalings: Mapping[str, float]
+    scaling_at: Callable[[int], float]
     companions: Tensors
     kept: Tensors
     plan_factors: Factors

@@ -8,13 +8,16 @@ then never needs to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from fedgraft.adapter import Adapter, LoraLayer, Tensors, parse_factor
+from fedgraft.adapter import Adapter, LoraLayer, Tensors, pad_rank, parse_factor
+from fedgraft.errors import ConfigError
 
+_SAME = 0.1
+"""Machines of the same size report a few per cent more or less memory than one another."""
 RankScaling = Callable[[int, float, int], float]
 """From the server's rank, its scaling and a client's rank to the client's scaling."""
 
@@ -70,21 +73,14 @@ def padded(tensors: Mapping[str, Tensor], adapter: Adapter, scaling: RankScaling
         if parsed[1] == "B":
             ratio = scaling(layer.rank, layer.scaling, own) / layer.scaling
             tensor = tensor.float() * ratio
-        made[name] = pad(tensor, layer.rank, axis)
+        made[name] = pad_rank(tensor, layer.rank, axis)
     return made
 
 
-def pad(tensor: Tensor, rank: int, axis: int) -> Tensor:
-    """Return a factor with zeros appended along its rank's axis."""
-    shape = list(tensor.shape)
-    shape[axis] = rank - shape[axis]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
-
-
-def cut_factor(name: str, tensor: Tensor, rank: int) -> Tensor:
+def cut_factor(name: str, tensor: Tensor, rank: int | None) -> Tensor:
     """Return the first `rank` rows of an A, or columns of a B; any other tensor as it is."""
     parsed = parse_factor(name)
-    if parsed is None:
+    if parsed is None or rank is None:
         return tensor
     return tensor[:rank] if parsed[1] == "A" else tensor[:, :rank]
 
@@ -97,3 +93,43 @@ def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         if parsed is not None:
             found[name] = int(tensor.shape[0 if parsed[1] == "A" else 1])
     return found
+
+
+def assigned(
+    ranks: Sequence[int] | str | None, rank: int, memory: Mapping[str, int]
+) -> dict[str, int]:
+    """Return every client's rank where `federation.ranks` gives them others than the adapter's.
+
+    Args:
+        ranks: one for each client in the natural order of names; "by-memory", which halves the
+            rank as often as the client's memory must be doubled to be at least the largest one's;
+            or None.
+        rank: the adapter's, the largest that a client may have.
+        memory: by client in natural order, the bytes that it says it has.
+
+    Raises:
+        ConfigError: more clients than ranks, or a rank above the adapter's.
+    """
+    if ranks is None:
+        return {}
+    if isinstance(ranks, str):
+        largest = max(memory.values(), default=0)
+        return {
+            name: max(1, rank >> _halvings(largest, own)) if own else rank
+            for name, own in memory.items()
+        }
+    if len(ranks) != len(memory):
+        raise ConfigError(
+            f"federation.ranks names {len(ranks)} ranks for {len(memory)} clients",
+            "Give one rank for each client.",
+        )
+    if max(ranks) > rank:
+        raise ConfigError(
+            f"federation.ranks holds {max(ranks)}, and adapter.rank is {rank}",
+            "Set adapter.rank to the largest client's rank: it is the global adapter's.",
+        )
+    return dict(zip(memory, ranks, strict=True))
+
+
+def _halvings(largest: int, own: int) -> int:
+    return max(0, math.ceil(math.log2(largest / own) - _SAME))

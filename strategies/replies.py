@@ -11,12 +11,12 @@ from typing import TypeVar
 
 from flwr.app import Message, MetricRecord, MetricRecordValues
 
-from fedgraft.adapter import from_arrays, natural_order, payload_bytes
+from fedgraft.adapter import Tensors, from_arrays, natural_order, payload_bytes
 from fedgraft.errors import RunError, UpdateError
 from fedgraft.messages import Reply
 from strategies.rounds import ClientReport
 from strategies.spool import UpdateSpool
-from strategies.validation import Expected, check_weight
+from strategies.validation import Intake, check_weight
 
 _Value = TypeVar("_Value")
 
@@ -26,20 +26,22 @@ class Training:
     """The replies of one round of training.
 
     Attributes:
-        expected: what a valid update looks like.
+        intake: what a valid update looks like, and how it is put into the server's terms.
         spool: where valid updates go.
         reports: of the clients whose update was spooled.
         failed: clients that gave no update, with the reason.
         refused: clients whose update was not valid, with the reason.
         bytes_up: payload of all arrays that arrived.
+        ranks: of the clients whose rank is not the server's.
     """
 
-    expected: Expected
+    intake: Intake
     spool: UpdateSpool
     reports: dict[str, ClientReport] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
 
     def take(self, client: str, message: Message) -> str:
         """Sort one reply; return what is wrong with it, or "" when its update was spooled."""
@@ -55,9 +57,16 @@ class Training:
             if reply.arrays is None:
                 raise UpdateError("the reply has no arrays")
             self.bytes_up += payload_bytes(reply.arrays)
+            companions: Tensors = {}
+            if reply.companions is not None:
+                self.bytes_up += payload_bytes(reply.companions)
+                companions = from_arrays(reply.companions)
             tensors = from_arrays(reply.arrays)
-            self.expected.check(tensors, reply.weight)
-            self.spool.add(client, reply.weight, tensors)
+            rank = self.intake.check(client, tensors, companions, reply.weight)
+            tensors = self.intake.in_server_terms(tensors, rank)
+            self.spool.add(client, reply.weight, tensors | companions, rank=rank)
+            if rank is not None:
+                self.ranks[client] = rank
         except UpdateError as error:
             self.refused[client] = error.message
             return error.message

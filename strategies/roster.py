@@ -55,6 +55,7 @@ class Roster:
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
         self.descriptions: dict[str, str] = {}
+        self.memory: dict[str, int] = {}  # bytes, 0 where a client does not say
         self.claimed: set[str] = set()  # names that more than one node gives
 
     def names(self) -> list[str]:
@@ -97,6 +98,7 @@ class Roster:
                 continue
             self._names[node] = hello.name
             self.descriptions[hello.name] = hello.description
+            self.memory[hello.name] = hello.memory
 
     def wait(self, grid: Grid, wanted: int, deadline: float) -> None:
         """Wait until so many clients are there.

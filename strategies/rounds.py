@@ -21,11 +21,16 @@ class StrategyState:
         round: rounds done.
         adapter: the global adapter after them.
         rule: the rule's own named tensors.
+        ranks: clients of a smaller rank than the adapter's, with that rank.
+        holders: clients that hold what the rule sends only once, whose digest is `constants_hash`.
     """
 
     round: int
     adapter: Adapter
     rule: Tensors = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    holders: frozenset[str] = frozenset()
+    constants_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class RoundOutcome:
         failed: clients that gave no update, with the reason.
         refused: clients whose update was refused, with the reason.
         validation: every client's own evaluation of the new adapter; empty when not asked.
+        test: every client's own test, where a part of the adapter never leaves the clients; before
+            the first round.
         bytes_down, bytes_up: payload of arrays, over all messages of the round's training.
         seconds: by phase (`train`, `aggregate`, `validate`).
         bias: None where single updates are not visible.
@@ -59,6 +66,7 @@ class RoundOutcome:
     failed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     validation: dict[str, ClientReport] = field(default_factory=dict)
+    test: dict[str, ClientReport] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -85,3 +93,6 @@ class RoundHooks:
     def on_round(self, outcome: RoundOutcome) -> bool:
         """See a finished round; return True to stop."""
         return False
+
+    def on_end(self, test: Mapping[str, ClientReport]) -> None:
+        """See every client's own test after the last round, where the rule leaves parts on them."""

@@ -205,6 +205,8 @@ class Rule(ABC):
     citation: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     Options: ClassVar[type[RuleOptions]] = RuleOptions
+    prunes: ClassVar[bool] = False
+    """Whether a client may lower its own rank, by sending factors of a smaller one."""
     server_optimizer: ServerOptimizer | None = None
 
     def __init__(self, options: RuleOptions | None = None) -> None:
@@ -261,6 +263,13 @@ class Rule(ABC):
         """Return what every client needs once: it is sent until the client has it, and kept there.
 
         On the client these tensors are found among the companions.
+        """
+        return {}
+
+    def companion_shapes(self, adapter: Adapter, round: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what clients send beside the adapter, named by `beside`.
+
+        The host refuses an update whose companions are others.
         """
         return {}
 

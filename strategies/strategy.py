@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,17 @@ from fedgraft.adapter import (
 )
 from fedgraft.messages import TrainRequest
 from fedgraft.seeds import stream
-from strategies.aggregation import aggregate
+from strategies.aggregation import Aggregated, aggregate
 from strategies.diagnostics import aggregation_bias
+from strategies.ranks import RankScaling, assigned, by_rank
 from strategies.registry import build_rule
 from strategies.replies import Training, evaluation, in_order, mean_metrics
+from strategies.requests import Requests
 from strategies.roster import Roster, exchange
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
-from strategies.rule import Plan, Rule
+from strategies.rule import Rule
 from strategies.spool import UpdateSpool
-from strategies.validation import Expected, norm
+from strategies.validation import Intake, norm
 
 log = logging.getLogger(__name__)
 ABSURD = 100.0
@@ -75,6 +77,9 @@ class AdapterStrategy(Strategy):
             own ClientApp does that; leave it off with another one.
         lineage: the run's id; clients key their personal state by it.
         base_hash: the base that clients must hold; "" accepts any.
+        ranks: the clients' own ranks, see `strategies.ranks.assigned`; FedGraft's own ClientApp
+            trains at them.
+        rank_scaling: gives a smaller rank's scaling; alpha / r unless the adapter is an rsLoRA.
         spool: folder for the round's updates; a temporary one by default.
         hooks: what to do around rounds.
 
@@ -97,6 +102,8 @@ class AdapterStrategy(Strategy):
         derive_A: bool = False,
         lineage: str = "",
         base_hash: str = "",
+        ranks: Sequence[int] | str | None = None,
+        rank_scaling: RankScaling = by_rank,
         spool: Path | None = None,
         hooks: RoundHooks | None = None,
     ) -> None:
@@ -111,6 +118,8 @@ class AdapterStrategy(Strategy):
         self.derive_A = derive_A
         self.lineage = lineage
         self.base_hash = base_hash
+        self.ranks = ranks
+        self.rank_scaling = rank_scaling
         self.hooks = hooks or RoundHooks()
         self.roster = Roster()
         self._spool_folder = spool
@@ -119,6 +128,7 @@ class AdapterStrategy(Strategy):
         self._state: StrategyState | None = None
         self._arrays: ArrayRecord | None = None
         self._outcome: RoundOutcome | None = None
+        self._constants_hash = ""
 
     def summary(self) -> None:
         """Log what this strategy does."""
@@ -156,10 +166,15 @@ class AdapterStrategy(Strategy):
         state = resume or self._initial_state(initial_arrays)
         self._adopt(state)
         self.roster.wait(grid, self.clients, deadline)
+        if resume is None:
+            state = replace(state, ranks=self._smaller_ranks(state.adapter))
+            self._adopt(state)
         result = Result(arrays=self._current_arrays())
         self._evaluate_centrally(evaluate_fn, state.round, result)
         before = RoundOutcome(
-            state, validation=self._validate(grid, state.round, evaluate_config, deadline, result)
+            state,
+            validation=self._validate(grid, state.round, evaluate_config, deadline, result),
+            test=self._test(grid, state.round, evaluate_config, deadline),
         )
         self.hooks.on_start(before, self.roster.descriptions)
         try:
@@ -170,6 +185,9 @@ class AdapterStrategy(Strategy):
                 self._evaluate_centrally(evaluate_fn, round, result)
                 if self.hooks.on_round(outcome):
                     break
+            assert self._state is not None
+            last = self._state.round
+            self.hooks.on_end(self._test(grid, last, evaluate_config, deadline))
         finally:
             self._close()
         return result
@@ -209,14 +227,17 @@ class AdapterStrategy(Strategy):
         state = self._state_for(server_round, arrays)
         self.roster.refresh(grid)
         sampled = self.sample(server_round)
-        plan = self.rule.plan(server_round)
-        request = self._request(server_round, plan, state.adapter)
+        requests = self._requests(server_round, state, training=True)
+        content = {name: requests.for_client(name) for name in sampled}
         self._outcome = RoundOutcome(
-            state, sampled=sampled, bytes_down=payload_bytes(request.arrays) * len(sampled)
+            state, sampled=sampled, bytes_down=sum(map(_payload, content.values()))
         )
+        self._constants_hash = requests.constants_hash
         self.hooks.on_sampled(server_round, sampled)
-        content = request.encode(config)
-        return [Message(content, self.roster.node_of(n), MessageType.TRAIN) for n in sampled]
+        return [
+            Message(request.encode(config), self.roster.node_of(name), MessageType.TRAIN)
+            for name, request in content.items()
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -234,12 +255,20 @@ class AdapterStrategy(Strategy):
         trained = time.perf_counter()
         training.require(server_round, self.min_clients)
         current = self._state.adapter
-        made = aggregate(self.rule, spool, current, self._state.rule, server_round)
+        made = aggregate(
+            self.rule,
+            spool,
+            current,
+            self._state.rule,
+            server_round,
+            seed=self.seed,
+            participation=len(spool.clients) / max(1, len(self.roster.names())),
+        )
         for note in made.notes:
             log.info("Round %d: %s", server_round, note)
         bias = aggregation_bias(self.rule, spool, current, made.adapter, server_round)
         spool.clear()
-        self._adopt(StrategyState(server_round, made.adapter, made.state))
+        self._adopt(self._next_state(server_round, made, training))
         self._outcome = replace(
             self._outcome,
             state=self._state,
@@ -257,12 +286,7 @@ class AdapterStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the whole adapter to every client that is there."""
-        state = self._state_for(server_round, arrays)
-        self.roster.refresh(grid)
-        plan = replace(self.rule.plan(server_round), train=frozenset())
-        content = self._request(server_round, plan, state.adapter).encode(config)
-        names = self.roster.names()
-        return [Message(content, self.roster.node_of(n), MessageType.EVALUATE) for n in names]
+        return self._ask(server_round, self._state_for(server_round, arrays), config, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -279,19 +303,68 @@ class AdapterStrategy(Strategy):
         picked = stream(self.seed, "sample", round=round).choice(len(names), count, replace=False)
         return [names[index] for index in sorted(picked)]
 
-    def _request(self, round: int, plan: Plan, adapter: Adapter) -> TrainRequest:
+    def _requests(
+        self, round: int, state: StrategyState, *, training: bool, split: str = "validation"
+    ) -> Requests:
+        start = round if training else round + 1  # an evaluation shows what would be trained on
+        plan = self.rule.plan(start)
         derives = self.derive_A and plan.derive_A
         send = plan.send if derives or not plan.derive_A else plan.send | {"A"}
-        names = adapter.tensors(send)
-        whole = self._current_arrays()
-        return TrainRequest(
+        common = TrainRequest(
             round=round,
-            arrays=ArrayRecord({name: whole[name] for name in names}),
-            train="".join(sorted(plan.train)),
+            arrays=self._current_arrays(),
+            train="".join(sorted(plan.train)) if training else "",
             lineage=self.lineage,
-            a_hash=digest(adapter.tensors({"A"}, extras=False)) if derives else "",
+            a_hash=digest(state.adapter.tensors({"A"}, extras=False)) if derives else "",
             base_hash=self.base_hash,
             durable_round=self.hooks.durable_round(),
+            split=split,
+        )
+        return Requests(self.rule, state, common, self.rank_scaling, send, start, training)
+
+    def _ask(
+        self,
+        round: int,
+        state: StrategyState,
+        config: ConfigRecord,
+        grid: Grid,
+        split: str = "validation",
+    ) -> list[Message]:
+        """Ask every client that is there to evaluate what it holds after a round."""
+        self.roster.refresh(grid)
+        requests = self._requests(round, state, training=False, split=split)
+        return [
+            Message(
+                requests.for_client(name).encode(config),
+                self.roster.node_of(name),
+                MessageType.EVALUATE,
+            )
+            for name in self.roster.names()
+        ]
+
+    def _smaller_ranks(self, adapter: Adapter) -> dict[str, int]:
+        """Return the clients whose rank is smaller than the adapter's."""
+        largest = max((layer.rank for layer in adapter.layers.values()), default=0)
+        memory = {name: self.roster.memory.get(name, 0) for name in self.roster.names()}
+        found = assigned(self.ranks, largest, memory)
+        return {name: rank for name, rank in found.items() if rank < largest}
+
+    def _next_state(self, round: int, made: Aggregated, training: Training) -> StrategyState:
+        assert self._state is not None
+        old, answered = self._state, training.reports.keys()
+        holders: frozenset[str] = frozenset()
+        if self._constants_hash:
+            same = old.constants_hash == self._constants_hash
+            # whoever failed may have lost it
+            kept = old.holders - training.failed.keys() if same else frozenset[str]()
+            holders = kept | answered
+        return StrategyState(
+            round,
+            made.adapter,
+            made.state,
+            ranks={**old.ranks, **training.ranks},
+            holders=holders,
+            constants_hash=self._constants_hash,
         )
 
     def _timed(
@@ -305,10 +378,18 @@ class AdapterStrategy(Strategy):
     def _collect(self, round: int, replies: Iterable[Message], spool: UpdateSpool) -> Training:
         assert self._state is not None
         assert self._outcome is not None
-        adapter = self._state.adapter
-        limit = ABSURD * max(1.0, norm(adapter.tensors()))
-        expected = Expected(adapter.tensors(self.rule.plan(round).train), max_norm=limit)
-        training = Training(expected, spool)
+        adapter, plan = self._state.adapter, self.rule.plan(round)
+        intake = Intake(
+            adapter,
+            frozenset(adapter.tensors(plan.train, extras=plan.extras)),
+            max_norm=ABSURD * max(1.0, norm(adapter.tensors())),
+            companions=self.rule.companion_shapes(adapter, round),
+            ranks=self._state.ranks,
+            scaling=self.rank_scaling,
+            prunes=self.rule.prunes,
+            differences=plan.sparse,
+        )
+        training = Training(intake, spool)
         for message in replies:
             client = self.roster.name_of(message.metadata.src_node_id)
             trouble = training.take(client, message)
@@ -336,6 +417,16 @@ class AdapterStrategy(Strategy):
         if metrics is not None:
             result.evaluate_metrics_clientapp[round] = metrics
         return reports
+
+    def _test(
+        self, grid: Grid, round: int, config: ConfigRecord | None, deadline: float
+    ) -> dict[str, ClientReport]:
+        """Let every client test what it holds, where a part of that never leaves it."""
+        if not self.rule.capabilities.personal:
+            return {}
+        assert self._state is not None
+        messages = self._ask(round, self._state, config or ConfigRecord(), grid, split="test")
+        return self._reports(round, exchange(grid, messages, deadline))
 
     def _reports(self, round: int, replies: Iterable[Message]) -> dict[str, ClientReport]:
         reports: dict[str, ClientReport] = {}
@@ -380,8 +471,10 @@ class AdapterStrategy(Strategy):
         """Return the state that these arrays are of; Flower's own loop brings its own arrays."""
         if self._state is None or arrays is not self._arrays:
             tensors: Tensors = from_arrays(arrays)
-            rule = self._state.rule if self._state is not None else {}
-            self._adopt(StrategyState(round - 1, Adapter.from_tensors(tensors, self.scaling), rule))
+            adapter = Adapter.from_tensors(tensors, self.scaling)
+            before = self._state or StrategyState(0, adapter)
+            adapter = replace(adapter, residual=before.adapter.residual)
+            self._adopt(replace(before, round=round - 1, adapter=adapter))
             self._arrays = arrays
         assert self._state is not None
         return self._state
@@ -400,6 +493,11 @@ class AdapterStrategy(Strategy):
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+
+
+def _payload(request: TrainRequest) -> int:
+    beside = payload_bytes(request.companions) if request.companions is not None else 0
+    return payload_bytes(request.arrays) + beside
 
 
 def sample_size(fraction: float, clients: int) -> int:

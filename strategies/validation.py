@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedgraft.adapter import Adapter, Tensors
 from fedgraft.errors import UpdateError
+from strategies.ranks import RankScaling, cut_factor, padded, ranks_of
 
 MAX_WEIGHT = 1e9
 """Examples above which a self-reported weight is taken for nonsense."""
@@ -64,6 +66,79 @@ class Expected:
             raise UpdateError(
                 f"its norm {math.sqrt(square):.3g} is absurd; the limit is {self.max_norm:.3g}"
             )
+
+
+@dataclass(frozen=True)
+class Intake:
+    """How the updates of one round are checked and put into the server's terms.
+
+    Attributes:
+        adapter: the global one that the round started from.
+        names: the tensors that come up.
+        max_norm: largest Euclidean norm over all tensors of an update.
+        companions: shapes of what the rule sends beside them.
+        ranks: of the clients whose rank is smaller than the server's.
+        scaling: gives a smaller rank's scaling.
+        prunes: a client may send factors of a smaller rank than it has.
+        differences: what comes up are differences from the global adapter.
+    """
+
+    adapter: Adapter
+    names: frozenset[str]
+    max_norm: float
+    companions: Mapping[str, tuple[int, ...]]
+    ranks: Mapping[str, int]
+    scaling: RankScaling
+    prunes: bool = False
+    differences: bool = False
+
+    def check(
+        self,
+        client: str,
+        tensors: Mapping[str, Tensor],
+        companions: Mapping[str, Tensor],
+        weight: float,
+    ) -> int | None:
+        """Check an update; return the rank of its factors where it is not the server's.
+
+        Raises:
+            UpdateError: names the first tensor that is not as it should be, see `Expected`.
+        """
+        rank = self.ranks.get(client)
+        if self.prunes and (sent := ranks_of(tensors)):
+            least = min(sent.values())
+            full = rank or max(layer.rank for layer in self.adapter.layers.values())
+            rank = least if 1 <= least < full else rank
+        whole = self.adapter.tensors()
+        wanted = {
+            name: cut_factor(name, tensor, rank)
+            for name, tensor in whole.items()
+            if name in self.names
+        }
+        Expected(wanted, self.max_norm).check(tensors, weight)
+        for name, shape in self.companions.items():
+            if name not in companions:
+                raise UpdateError(f"tensor {name!r} is missing")
+            if tuple(companions[name].shape) != tuple(shape):
+                found = tuple(companions[name].shape)
+                raise UpdateError(f"tensor {name!r} has shape {found}, not {tuple(shape)}")
+        for name, tensor in companions.items():
+            if name not in self.companions:
+                raise UpdateError(f"tensor {name!r} is not what the rule sends")
+            if tensor.dtype not in _WIRE_TYPES:
+                raise UpdateError(f"tensor {name!r} has dtype {tensor.dtype}, not torch.float32")
+            if not bool(torch.isfinite(tensor).all()):
+                raise UpdateError(f"tensor {name!r} holds NaN or Inf")
+        return rank
+
+    def in_server_terms(self, tensors: Tensors, rank: int | None) -> Tensors:
+        """Return checked tensors as values, in the server's rank and scaling."""
+        if rank is not None:
+            tensors = padded(tensors, self.adapter, self.scaling)
+        if self.differences:
+            current = self.adapter.tensors()
+            tensors = {name: current[name].float() + t.float() for name, t in tensors.items()}
+        return tensors
 
 
 def check_weight(weight: float) -> None:

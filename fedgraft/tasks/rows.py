@@ -84,9 +84,12 @@ class RowsTask(Task):
         examples = self.split("validation").examples
         return examples if client is None else Subset(examples, self._alike[self._check(client)])
 
-    def test(self) -> Examples:
-        """Return the test split."""
-        return self.split("test").examples
+    def test(self, client: int | None = None) -> Examples:
+        """Return test examples like one client's own; the whole split for None."""
+        examples = self.split("test").examples
+        return (
+            examples if client is None else Subset(examples, self._alike_test[self._check(client)])
+        )
 
     def describe(self, client: int) -> str:
         """Say of which domain, owner or labels a client's examples are; "" where of all alike."""
@@ -135,8 +138,15 @@ class RowsTask(Task):
 
     @cached_property
     def _alike(self) -> list[partition.Rows]:
+        return self._rows_alike("validation")
+
+    @cached_property
+    def _alike_test(self) -> list[partition.Rows]:
+        return self._rows_alike("test")
+
+    def _rows_alike(self, split: str) -> list[partition.Rows]:
         return partition.validation_like(
-            self.split("validation").table,
+            self.split(split).table,
             self.split("train").table,
             self._dealt,
             self.config,

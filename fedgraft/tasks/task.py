@@ -91,8 +91,11 @@ class Task(ABC):
         """Return the validation examples like one client's own; the whole split for None."""
 
     @abstractmethod
-    def test(self) -> Examples:
-        """Return the test split, which a run touches twice: at the start and at the end."""
+    def test(self, client: int | None = None) -> Examples:
+        """Return the test examples like one client's own; the whole split for None.
+
+        A run touches the test split twice: at the start and at the end.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

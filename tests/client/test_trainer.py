@@ -16,14 +16,16 @@ from plain_loop import PlainLoop
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.trainer import Assignment, Trained, batch_indices, train
-from fedgraft.adapter import Tensors, parse_factor
+from client import trainer
+from client.trainer import Assignment, LocalResult, batch_indices
+from fedgraft.adapter import Adapter, Tensors, parse_factor
 from fedgraft.config import Config, TrainConfig
 from fedgraft.errors import ModelError, RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.seeds import stream, torch_seed
 from fedgraft.tasks.digits import Digits
-from fedgraft.tasks.task import Batch, Task
+from fedgraft.tasks.task import Batch, Examples, Task
+from strategies.local import Training
 
 ROUNDS, STEPS, BATCH, LR = 3, 4, 16, 0.01
 SETTINGS = TrainConfig(steps=STEPS, batch_size=BATCH, lr=LR, grad_clip=0.0)
@@ -38,7 +40,7 @@ def work(round: int = 1, client: str = "0", factors: str = "AB", **settings: Any
         round=round,
         rounds=ROUNDS,
         client=client,
-        factors=frozenset(factors),
+        how=Training(factors=frozenset(factors)),
     )
 
 
@@ -46,6 +48,19 @@ def differs(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """The largest difference of any entry."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def train(
+    model: ResidentModel,
+    task: Task,
+    examples: Examples,
+    start: Tensors,
+    work: Assignment,
+    optimizer_state: Tensors | None = None,
+) -> LocalResult:
+    """Train from named tensors, which no rule has cut to a smaller rank."""
+    adapter = Adapter.from_tensors(start, model.scaling)
+    return trainer.train(model, task, examples, adapter, work, optimizer_state)
 
 
 @pytest.fixture
@@ -182,7 +197,7 @@ def test_a_heavy_proximal_term_keeps_the_adapter_near_its_start(
 
 
 def test_micro_batches_add_up_to_the_batch(model: ResidentModel, digits: Task, start: Tensors):
-    def trained(micro: int | None) -> Trained:
+    def trained(micro: int | None) -> LocalResult:
         assignment = work(optimizer="sgd", micro_batch=micro)
         return train(model, digits, digits.train(0), start, assignment)
 
@@ -330,8 +345,9 @@ def test_an_optimizer_on_stale_tensors_is_found(
     model: ResidentModel, digits: Task, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ):
     # What moving a model after PEFT was attached does: losses and gradients look as ever.
-    def stale(parameters: Mapping[str, nn.Parameter], settings: TrainConfig) -> Any:
-        return torch.optim.SGD([copy.deepcopy(p) for p in parameters.values()], lr=0.1)
+    def stale(parameters: Mapping[str, nn.Parameter], *_: Any) -> Any:
+        copies = [copy.deepcopy(parameter) for parameter in parameters.values()]
+        return torch.optim.SGD([{"params": copies, "multiplier": 1.0}], lr=0.1)
 
     monkeypatch.setattr("client.trainer.make_optimizer", stale)
     with pytest.raises(RunError, match="no LoRA factor moved"):
@@ -361,7 +377,7 @@ def test_a_loss_that_is_not_finite_is_an_error_with_a_remedy(
 def test_a_missing_tensor_is_refused_since_anothers_would_be_left(
     model: ResidentModel, digits: Task, start: Tensors
 ):
-    name = next(iter(start))
+    name = next(n for n in start if parse_factor(n) is None)
     part = {n: t for n, t in start.items() if n != name}
     with pytest.raises(RunError, match=f"to train from lacks {name}"):
         train(model, digits, digits.train(0), part, work())

@@ -36,26 +36,35 @@ def _at(call: int, function: Callable[..., Any], before: bool) -> Callable[..., 
 
 def in_training(round: int) -> None:
     """Between two clients' training of a round: the second has trained and not yet answered."""
-    import client.app
+    from client import seat
 
-    client.app.train = _at(3 * (round - 1) + 2, client.app.train, before=False)
+    train, calls = seat.train, 0
+
+    def wrapped(model: Any, task: Any, examples: Any, start: Any, work: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += work.round == round
+        made = train(model, task, examples, start, work, **more)
+        if calls == 2:
+            _die()
+        return made
+
+    seat.train = wrapped
 
 
 def in_aggregation(round: int) -> None:
     """In the middle of a round's layers."""
     from strategies import aggregation
 
-    sums = aggregation._by_sums
-    calls = 0
+    layer, calls = aggregation._Round._layer, 0
 
-    def wrapped(rule: Any, spool: Any, context: Any, factors: Any) -> Any:
+    def wrapped(self: Any, context: Any, factors: Any) -> Any:
         nonlocal calls
         calls += context.round == round
         if calls == 5:
             _die()
-        return sums(rule, spool, context, factors)
+        return layer(self, context, factors)
 
-    aggregation._by_sums = wrapped
+    aggregation._Round._layer = wrapped  # type: ignore[method-assign]
 
 
 def _writing(is_it: Callable[[Path], bool], *, whole: bool = False) -> None:

@@ -147,7 +147,7 @@ def test_ctrl_c_that_a_library_swallows_ends_the_run_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Safetensors, for one, turns what is raised in its callbacks into an error of its own."""
-    import client.app
+    from client import seat
 
     def swallowing(*arguments: Any, **options: Any) -> Any:
         try:
@@ -156,7 +156,7 @@ def test_ctrl_c_that_a_library_swallows_ends_the_run_all_the_same(
         except KeyboardInterrupt:
             raise RunError("the tensor is of unknown shape") from None
 
-    monkeypatch.setattr(client.app, "train", swallowing)
+    monkeypatch.setattr(seat, "train", swallowing)
     done = call("simulate", *settings(), "--out", tmp_path / "run")
     assert done.status == 1 and "Error: interrupted; everything up to" in done.err
 

@@ -304,7 +304,7 @@ def die_at(
 
 PLACES = {
     "before the first checkpoint": (Checkpoints, "save", 1),
-    "in training": ("client.app", "train", 6),
+    "in training": ("client.seat", "train", 6),
     "in aggregation": ("strategies.strategy", "aggregate", 3),
     "after the record, before the checkpoint": (Checkpoints, "save", 4),
     "in the last checkpoint": (Checkpoints, "save", 5),
@@ -384,7 +384,7 @@ def test_the_best_adapter_so_far_outlives_a_crash(
 ):
     directory = new(tmp_path / "run", tiny, checkpoint__keep=9)
     validations(0.1, 0.9, 0.2)
-    revive = die_at(monkeypatch, "client.app", "train", 6)
+    revive = die_at(monkeypatch, "client.seat", "train", 6)
     with pytest.raises(Killed):
         go(directory)
     revive()
@@ -447,7 +447,7 @@ def test_a_finished_run_trains_no_more(
 ):
     directory = new(tmp_path / "run", tiny)
     first = go(directory)
-    monkeypatch.setattr("client.app.train", pytest.fail)
+    monkeypatch.setattr("client.seat.train", pytest.fail)
     again = go(directory)
     assert again["final"] == first["final"] and again["rounds"] == first["rounds"]
 

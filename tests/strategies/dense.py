@@ -31,6 +31,20 @@ def means(clients: list[Client]) -> tuple[np.ndarray, np.ndarray]:
     return sum(c.share * c.A for c in clients), sum(c.share * c.B for c in clients)
 
 
+def best_of_rank(clients: list[Client], current: Client) -> np.ndarray:
+    """The best approximation of DW by a matrix of the current layer's rank."""
+    U, S, V = np.linalg.svd(ideal(clients), full_matrices=False)
+    rank = len(current.A)
+    return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+
+def by_norms(clients: list[Client]) -> tuple[np.ndarray, np.ndarray]:
+    """Means of A and B with weights in proportion to ||B_k A_k||."""
+    norms = [float(np.linalg.norm(c.B @ c.A)) for c in clients]
+    weighted = [Client(c.A, c.B, n / sum(norms)) for c, n in zip(clients, norms, strict=True)]
+    return means(weighted)
+
+
 def ridge(clients: list[Client], lambda_rel: float) -> tuple[np.ndarray, np.ndarray]:
     """Abar and Bbar + X, X minimising ||R - X Abar||^2 + lambda ||X||^2 with the relative lambda.
 
@@ -78,10 +92,49 @@ class Cosine:
         return float(min(result.fun for result in found))
 
 
-def bias(clients: list[Client], A: np.ndarray, B: np.ndarray) -> tuple[float, float, float, float]:
-    """Squared norms of DW, of R = DW - Bbar Abar, of DW - B A, and of R on row(Abar)."""
+def bias(
+    clients: list[Client], A: np.ndarray, B: np.ndarray, joined: np.ndarray | float = 0.0
+) -> tuple[float, float, float, float]:
+    """Squared norms of DW, of R = DW - Bbar Abar, of DW - B A - J, and of R on row(Abar)."""
     A_mean, B_mean = means(clients)
     DW = ideal(clients)
     R = DW - B_mean @ A_mean
     onto_rows = np.linalg.pinv(A_mean) @ A_mean
-    return tuple(float((M**2).sum()) for M in (DW, R, DW - B @ A, R @ onto_rows))
+    return tuple(float((M**2).sum()) for M in (DW, R, DW - B @ A - joined, R @ onto_rows))
+
+
+# Robust rules, on the clients' whole changes: one row a client, (K, n)
+
+
+def krum_order(changes: np.ndarray, byzantine: int) -> list[int]:
+    """Clients by the sum of squared distances to their K - f - 2 closest ones, lowest first."""
+    scores = []
+    for change in changes:
+        distances = sorted(((change - other) ** 2).sum() for other in changes)
+        scores.append(sum(distances[1 : len(changes) - byzantine - 1]))
+    return sorted(range(len(changes)), key=lambda k: scores[k])
+
+
+def median_slope(changes: np.ndarray, weights: np.ndarray, point: np.ndarray) -> float:
+    """How far from 0 the subgradient of sum w_k ||v - D_k|| is at a point, at the least.
+
+    At a client's own change the subgradient of its term is any vector of length w_k at most.
+    """
+    away = point - changes
+    lengths = np.linalg.norm(away, axis=1)
+    far = lengths > 1e-5 * lengths.max()
+    pull = (weights[far, None] * away[far] / lengths[far, None]).sum(0)
+    return float(max(np.linalg.norm(pull) - weights[~far].sum(), 0.0))
+
+
+def norm_bounded(changes: np.ndarray, weights: np.ndarray, bound: float) -> np.ndarray:
+    """The weighted sum of changes, each shortened to the bound."""
+    return sum(
+        w * change * min(1.0, bound / max(np.linalg.norm(change), 1e-300))
+        for w, change in zip(weights, changes, strict=True)
+    )
+
+
+def trimmed_mean(values: np.ndarray, byzantine: int) -> np.ndarray:
+    """Entry by entry the mean without the f largest and f smallest; values (K, ...)."""
+    return np.sort(values, axis=0)[byzantine : len(values) - byzantine].mean(axis=0)

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fedgraft.adapter import Adapter, LoraLayer, Tensors
 from strategies.aggregation import Aggregated, aggregate
+from strategies.ranks import by_rank, padded
 from strategies.registry import build_rule
 from strategies.rule import Rule
 from strategies.spool import UpdateSpool
@@ -32,10 +33,14 @@ def cached_rule(name: str, **options: Any) -> Rule:
 
 @dataclass(frozen=True)
 class Federation:
-    """A global adapter and one round's updates on it: client name -> (weight, tensors)."""
+    """A global adapter and one round's updates on it: client name -> (weight, tensors).
+
+    Of a client in `ranks` factors are those of this smaller rank, padded as they arrive.
+    """
 
     current: Adapter
     updates: dict[str, tuple[float, Tensors]]
+    ranks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def spooled(self) -> Iterator[UpdateSpool]:
@@ -43,7 +48,7 @@ class Federation:
         with tempfile.TemporaryDirectory() as folder:
             spool = UpdateSpool(Path(folder))
             for client, (weight, tensors) in self.updates.items():
-                spool.add(client, weight, tensors)
+                spool.add(client, weight, tensors, rank=self.ranks.get(client))
             yield spool
 
     def aggregate(self, rule: Rule | str, **options: Any) -> Aggregated:
@@ -69,6 +74,14 @@ class Federation:
             name: replace(layer, scaling=scaling) for name, layer in self.current.layers.items()
         }
         return replace(self, current=Adapter(layers, self.current.extras))
+
+    def without_extras(self) -> Federation:
+        """The federation without the classifier."""
+        updates = {
+            client: (weight, {name: t for name, t in tensors.items() if ".lora_" in name})
+            for client, (weight, tensors) in self.updates.items()
+        }
+        return Federation(Adapter(self.current.layers), updates)
 
 
 def numpy_of(layer: LoraLayer) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +139,25 @@ def federations(draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16)) -
         drift=draw(st.sampled_from([1.0, 0.3, 0.03])),
         dtype=draw(st.sampled_from(list(dtypes))),
     )
+
+
+def of_ranks(fed: Federation, ranks: list[int]) -> tuple[Federation, list[Client]]:
+    """The federation with a rank for each client, and what each trained, alpha / r_k in its B.
+
+    alpha is the current layer's scaling times its rank, and a client's factors are the first rows
+    and columns of those that it had.
+    """
+    layer = fed.current.layers[LAYER]
+    A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
+    total = sum(weight for weight, _ in fed.updates.values())
+    updates, trained = {}, []
+    for (client, (weight, tensors)), rank in zip(fed.updates.items(), ranks, strict=True):
+        own = tensors | {A: tensors[A][:rank], B: tensors[B][:, :rank]}
+        updates[client] = (weight, padded(own, fed.current, by_rank))
+        own_scaling = layer.scaling * layer.rank / rank
+        pair = own[A].double().numpy(), own_scaling * own[B].double().numpy()
+        trained.append(Client(*pair, weight / total))
+    return Federation(fed.current, updates, dict(zip(updates, ranks, strict=True))), trained
 
 
 def hostile(fed: Federation, client: str, factor_A: float, factor_B: float) -> Federation:

@@ -52,6 +52,10 @@ class Row:
         return "-".join([self.name, *map(str, self.options.values())])
 
 
+def mean_of_products(clients: list[dense.Client], current: dense.Client) -> np.ndarray:
+    return dense.ideal(clients)
+
+
 ROWS = [
     Row("fedavg", oracle=dense.means),
     Row("ffa-lora", factors="B", oracle=dense.means),
@@ -61,4 +65,30 @@ ROWS = [
     Row("lora-fair", {"lambda": 1.0}, oracle=lambda clients: dense.ridge(clients, 1.0)),
     # no formula, see test_lora_fair.py; a root of F is refined to 1e-12, not exact
     Row("lora-fair", {"objective": "cosine"}, exact_bits=False),
+    Row("fedex-lora", oracle=dense.means, product=mean_of_products),
+    # product only: an SVD leaves the basis of equal values open
+    Row("fedsvd", factors="B", product=mean_of_products, identity="product", exact_bits=False),
+    Row("flexlora", product=dense.best_of_rank, identity="product", exact_bits=False),
+    Row("flora", product=mean_of_products, identity="product", exact_bits=False),
+    Row("hetlora", oracle=dense.by_norms),
+    Row("rolora", factors="B", oracle=dense.means),
+    # the next six are tested in test_robust.py: they see more than one layer, or have no formula
+    Row("krum"),
+    Row("multi-krum", identity="product", exact_bits=False),
+    Row("geometric-median", identity="product", exact_bits=False),
+    Row("norm-bounding", identity="product", exact_bits=False),
+    Row("trimmed-mean", identity="product", exact_bits=False),
+    Row("coordinate-median", identity="product", exact_bits=False),
+    # a sparse part that all clients share is scaled too, see test_fedrpca.py
+    Row("fedrpca", identity=""),
+    # from the mean to a step from it, see test_server_optimizer.py
+    Row("fedavgm", exact_bits=False),
+    Row("fedadam", identity=""),
+    Row("fedyogi", identity=""),
+    Row("fedadagrad", identity=""),
+    # the server's halves; the clients' are in their own files
+    Row("fedrot-lora", oracle=dense.means),
+    Row("fedsa-lora", factors="A", oracle=dense.means),
+    Row("flasc", {"server-optimizer": "none"}, oracle=dense.means),
+    Row("lora-a2", factors="B", oracle=dense.means),
 ]

@@ -1,0 +1,58 @@
+"""Training behind a fixed basis: a parameter is U C, and C alone is trained.
+
+Rules that train few numbers in a fixed subspace (Fed-SB trains R of B = B0 R) need it. The model
+keeps its parameter; before a forward pass it holds U C, and its gradient G becomes U^T G for C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedgraft.adapter import Tensors
+
+
+class Latent:
+    """What an optimizer steps in place of a model's parameters.
+
+    Args:
+        parameters: those that train, by tensor name.
+        bases: U (d, m) with independent columns, by the names of those that lie behind one.
+
+    Attributes:
+        leaves: by the same names, the parameter itself or its core C (m, r).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], bases: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._bases = {
+            name: basis.to(parameters[name].device, parameters[name].dtype)
+            for name, basis in bases.items()
+            if name in parameters
+        }
+        self.leaves = dict(parameters)
+        for name, basis in self._bases.items():
+            start = torch.linalg.lstsq(basis, parameters[name].detach()).solution
+            self.leaves[name] = nn.Parameter(start)
+        self.push_forward()
+
+    @torch.no_grad()
+    def push_forward(self) -> None:
+        """Let the model hold U C."""
+        for name, basis in self._bases.items():
+            self._parameters[name].copy_(basis @ self.leaves[name])
+
+    def pull_back(self) -> None:
+        """Give every core the gradient of its parameter."""
+        for name, basis in self._bases.items():
+            gradient = self._parameters[name].grad
+            self.leaves[name].grad = None if gradient is None else basis.T @ gradient
+
+    def cores(self) -> Tensors:
+        """Return the cores, float32, on the CPU."""
+        return {
+            name: self.leaves[name].detach().to("cpu", torch.float32, copy=True)
+            for name in self._bases
+        }

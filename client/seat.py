@@ -1,0 +1,293 @@
+"""One client's seat at a round: what it holds when a request has come, and its work for the rule.
+
+The seat decodes a request into the adapter that this client starts from: what travelled, A where
+both sides derive it, what the rule sent beside it and what it kept here. `RoundOfWork` then lets
+the client's half of the rule train on the resident model and keeps what must outlive the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+from torch import Tensor
+
+from client.gradient_sketch import gradient_sketches
+from client.personal import PersonalStore
+from client.trainer import Assignment, LocalResult, train
+from fedgraft.adapter import Adapter, Tensors, digest, from_arrays, parse_factor
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError, UpdateError
+from fedgraft.messages import CONSTANT, RESIDUAL, RULE, TrainRequest
+from fedgraft.resident_model import ResidentModel, resident_model, resident_task
+from fedgraft.run_directory import PERSONAL_KEY
+from fedgraft.tasks.task import Task
+from strategies.local import LocalWork, Trained, Training
+from strategies.ranks import cut_factor, ranks_of
+from strategies.registry import build_rule
+from strategies.rule import Rule
+
+OPTIMIZER = "optimizer/"
+"""Prefix of the optimizer's state in what a client keeps, beside those of the companions."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a client holds in one round.
+
+    Attributes:
+        config: the run's.
+        request: what the server asks.
+        index: which partition of the data is this client's.
+        task, model: the resident ones.
+        rule: the run's.
+        held: the adapter that the client holds, by tensor name, in the client's own rank.
+        residual: what has joined the base, by tensor name.
+        companions: what the rule sent beside the adapter, its constants included.
+        kept: what was kept on this client in its last round, by prefix.
+        store: where that lies.
+    """
+
+    config: Config
+    request: TrainRequest
+    index: int
+    task: Task
+    model: ResidentModel
+    rule: Rule
+    held: Tensors
+    residual: Tensors
+    companions: Tensors
+    kept: Tensors
+    store: PersonalStore
+
+    @classmethod
+    def take(cls, context: Context, config: Config, request: TrainRequest, *, done: bool) -> Seat:
+        """Decode a request.
+
+        Args:
+            context: Flower's, of this node.
+            config: the run's.
+            request: what the server asks.
+            done: the round is done, so that what it left here counts (an evaluation).
+
+        Raises:
+            ConfigError: this node has no place in the federation.
+            UpdateError: another base, another A, or an adapter that is not whole.
+            RunError: what this client kept is damaged.
+        """
+        index = partition_of(context, config)
+        task = resident_task(config)
+        model = resident_model(task, config)
+        if request.base_hash and request.base_hash != model.base_hash:
+            raise UpdateError(
+                f"this client's base {model.base_hash[:12]} is not the server's "
+                f"{request.base_hash[:12]}",
+                "Let model.base and model.revision name the same weights on both.",
+            )
+        rule = _rule(config)
+        store = _personal_store(context, request, str(index))
+        kept = store.load(before=request.round + int(done)) or {}
+        beside = from_arrays(request.companions) if request.companions is not None else {}
+        constants = _constants(request, beside, kept)
+        companions = _under(RULE, beside) | constants
+        received = _received(model, request, config)
+        held = rule.assemble(received, companions, _under(RULE, kept))
+        _check_whole(held, model)
+        residual = _under(RESIDUAL, beside)
+        return cls(
+            config, request, index, task, model, rule, held, residual, companions, kept, store
+        )
+
+    def adapter(self, tensors: Tensors | None = None) -> Adapter:
+        """Return the held adapter, or another one of its shapes, with scalings and residual."""
+        scaling = self.scalings()
+        made = Adapter.from_tensors(self.held if tensors is None else tensors, scaling)
+        return made.with_residual(self.residual) if self.residual else made
+
+    def scalings(self) -> dict[str, float]:
+        """Return alpha / r of every layer, r the rank that this client holds."""
+        settings = self.config.adapter
+        return {
+            parsed[0]: settings.scaling_at(rank)
+            for name, rank in ranks_of(self.held).items()
+            if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
+        }
+
+
+class RoundOfWork:
+    """One client's training in one round, for its rule.
+
+    Attributes:
+        examples: the client's own.
+        last: what the last call of training left; None before the first.
+    """
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self.examples = seat.task.train(seat.index)
+        self._keep_optimizer = seat.config.train.optimizer_state == "keep"
+        self.last: LocalResult | None = None
+        self._loss: float | None = None  # of a round that only looked at gradients
+
+    def for_rule(self) -> LocalWork:
+        """Return what the rule's client half sees."""
+        seat, plan = self._seat, self._seat.rule.plan(self._seat.request.round)
+        return LocalWork(
+            round=seat.request.round,
+            seed=seat.config.seed,
+            client=str(seat.index),
+            start=seat.held,
+            scalings=seat.scalings(),
+            scaling_at=seat.config.adapter.scaling_at,
+            companions=seat.companions,
+            kept=_under(RULE, seat.kept),
+            plan_factors=frozenset(seat.request.train),
+            plan_extras=plan.extras,
+            train=self._train,
+            sketch=self._sketch,
+        )
+
+    def _train(self, start: Tensors, how: Training) -> Trained:
+        seat = self._seat
+        state = _under(OPTIMIZER, seat.kept) if self._keep_optimizer else {}
+        config, request = seat.config, seat.request
+        self.last = train(
+            seat.model,
+            seat.task,
+            self.examples,
+            seat.adapter(start),
+            Assignment(
+                settings=config.train,
+                seed=config.seed,
+                round=request.round,
+                rounds=max(config.federation.rounds, request.round),
+                client=str(seat.index),
+                how=how,
+            ),
+            optimizer_state=state or None,
+        )
+        return self.last
+
+    def _sketch(
+        self, probes: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        seat = self._seat
+        sketches, self._loss = gradient_sketches(
+            seat.model, seat.task, self.examples, seat.adapter(), probes
+        )
+        return sketches
+
+    def keep(self, kept: Tensors) -> None:
+        """Save what the rule and the optimizer keep on this client, and the rule's constants.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        seat = self._seat
+        whole = _prefixed(RULE, kept)
+        if self._keep_optimizer and self.last is not None:
+            whole |= _prefixed(OPTIMIZER, self.last.optimizer)
+        if seat.request.constants_hash:
+            beside = seat.request.companions
+            new = _under(CONSTANT, from_arrays(beside)) if beside is not None else {}
+            whole |= _prefixed(CONSTANT, new or _under(CONSTANT, seat.kept))
+        if whole:
+            seat.store.save(whole, seat.request.round, seat.request.durable_round)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the round's agreed numbers: the last training's loss, steps and seconds."""
+        if self.last is None:
+            loss = {} if self._loss is None else {"loss": self._loss}
+            return {**loss, "steps": 0.0, "seconds": 0.0}
+        last = self.last
+        return {"loss": last.loss, "steps": float(last.steps), "seconds": last.seconds}
+
+
+def partition_of(context: Context, config: Config) -> int:
+    """Return which partition of the data this client holds; in a simulation that is its name.
+
+    Raises:
+        ConfigError: the node has none, or the federation has another size.
+    """
+    partition = context.node_config.get("partition-id")
+    of = context.node_config.get("num-partitions", config.federation.clients)
+    if partition is None:
+        raise ConfigError("this node has no partition-id", "Start it with --node-config.")
+    if int(of) != config.federation.clients:
+        raise ConfigError(
+            f"the federation has {of} nodes, but federation.clients is {config.federation.clients}",
+            f"Set federation.clients={of}, or start as many nodes as it says.",
+        )
+    return int(partition)
+
+
+@lru_cache(maxsize=8)
+def _rule_of(text: str) -> Rule:
+    strategy = Config.from_run_config({"fedgraft.config": text}).strategy
+    return build_rule(strategy.name, strategy.options)
+
+
+def _rule(config: Config) -> Rule:
+    """Build the run's rule once and not with every message."""
+    return _rule_of(config.to_json())
+
+
+def _received(model: ResidentModel, request: TrainRequest, config: Config) -> Tensors:
+    """Return the tensors that travelled, and A where both sides derive it from the seed."""
+    received = request.tensors()
+    if request.a_hash:
+        derived = model.derived_A(config.seed)
+        if digest(derived) != request.a_hash:
+            raise UpdateError(
+                "the A factors derived from the seed are not the server's",
+                "Let both sides run the same FedGraft and numpy versions.",
+            )
+        own = min(ranks_of(received).values(), default=None)
+        received |= {name: cut_factor(name, tensor, own) for name, tensor in derived.items()}
+    return received
+
+
+def _constants(request: TrainRequest, beside: Tensors, kept: Tensors) -> Tensors:
+    """Return what the rule sends only once: from this message, or from an earlier one.
+
+    Raises:
+        UpdateError: neither has them; the server sends them again after such an answer.
+    """
+    if not request.constants_hash:
+        return {}
+    constants = _under(CONSTANT, beside) or _under(CONSTANT, kept)
+    if digest(constants) != request.constants_hash:
+        raise UpdateError(
+            "this client no longer has what the rule sends once",
+            "The server sends it again in the next round.",
+        )
+    return constants
+
+
+def _check_whole(held: Tensors, model: ResidentModel) -> None:
+    unknown = [name for name in held if name not in model.parameters]
+    missing = [name for name in model.parameters if name not in held]
+    if unknown or missing:
+        name = (missing or unknown)[0]
+        kind = "factor" if parse_factor(name) else "extra"
+        raise UpdateError(
+            f"the server's adapter {'lacks' if missing else 'has an unknown'} {kind} {name!r}",
+            "Let adapter.targets and the task be the same on both sides.",
+        )
+
+
+def _personal_store(context: Context, request: TrainRequest, client: str) -> PersonalStore:
+    given = str(context.run_config.get(PERSONAL_KEY) or "")
+    folder = Path(given) if given else Path.home() / ".fedgraft" / "personal"
+    return PersonalStore(folder, request.lineage or str(context.run_id), client)
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}

@@ -1,0 +1,219 @@
+"""The best low-rank approximation of a sum of low-rank products, without forming the sum.
+
+M = sum c_k B_k A_k is d_out x d_in, of rank n at most, n the columns of all B_k together; columns
+that padding left empty are skipped. Everything is float64.
+
+- n below both sides: with Q_B R_B = qr([c_k B_k]) and Q_A R_A = qr([A_k]^T), the SVD of R_B R_A^T
+  (n, n) makes that of M, in about 4 n^2 (d_in + d_out) operations.
+- n not below: M is no larger than its factors, and its own SVD is taken.
+- n and both sides large, and few ranks wanted: a randomised SVD by block Krylov spaces, which reads
+  the terms one by one, several times, and keeps nothing of their size. From a random Omega
+  (d_in, m) it takes the space of M Omega, (M M^T) M Omega, (M M^T)^2 M Omega, ... and in it the
+  best approximation of M:
+
+  "Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate Matrix
+  Decompositions", Nathan Halko, Per-Gunnar Martinsson, Joel Tropp. SIAM Review 2011.
+  https://arxiv.org/abs/0909.4061 (algorithms 4.4 and 5.1), with the spaces of all powers kept as in
+  "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
+  Decomposition", Cameron Musco, Christopher Musco. NeurIPS 2015.
+  https://arxiv.org/abs/1504.05477 (algorithm 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedgraft.seeds import stream
+
+Term = tuple[float, Tensor, Tensor]
+"""One product of a sum: its coefficient c_k, B_k (d_out, r_k) and A_k (r_k, d_in)."""
+
+_Svd = tuple[Tensor, Tensor, Tensor]
+"""U (d_out, m), singular values (m) in falling order, and V^T (m, d_in)."""
+
+_EXACT = 384
+"""Up to so many columns, or rows, an exact SVD takes a fraction of a second."""
+_OVERSAMPLING = 8
+_POWERS = 3
+
+
+def best_rank(terms: Sequence[Term], rank: int) -> tuple[Tensor, Tensor]:
+    """Return B = U S (d_out, rank) and A = V^T (rank, d_in), the best approximation of that rank.
+
+    The rows of A are orthonormal and in falling order of their singular values, so that the first
+    of them are the best approximation of every smaller rank. Where M has fewer directions than
+    `rank`, the rest of both factors is zero. The largest entry of each row of A is positive: an SVD
+    leaves signs open, and they must be the same on every machine.
+
+    Args:
+        terms: at least one, all of the same d_out and d_in, of any ranks.
+        rank: the rank of the result.
+    """
+    U, S, V = _svd(_Sum.of(terms), rank)
+    kept = min(rank, len(S))
+    B, A = U.new_zeros(len(U), rank), V.new_zeros(rank, V.shape[1])
+    B[:, :kept], A[:kept] = U[:, :kept] * S[:kept], V[:kept]
+    return B, A
+
+
+def to_energy(
+    terms: Sequence[Term], energy: float, max_rank: int | None = None, *, beside: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return B = U S and A = V^T of the smallest rank that holds a share of the energy.
+
+    The energy of M is ||M||_F^2, the sum of its squared singular values: a share of 1 - e^2 leaves
+    a relative error of at most e. The rank is 0 where M is zero.
+
+    Args:
+        terms: as for `best_rank`.
+        energy: the share, above 0 and at most 1; 1 leaves an error of at most 1.5e-8, which is
+            less than float32 can tell.
+        max_rank: the rank is no larger than this, whatever is lost.
+        beside: the energy of what M is added to; the share is of both together.
+    """
+    M = _Sum.of(terms)
+    U, S, V = _svd(M, max_rank)
+    lost = S.square().flip(0).cumsum(0).flip(0)  # the energy from each value on
+    if M.randomised(max_rank) and len(S):  # which saw a part of M only
+        lost = lost + max(M.energy() - float(lost[0]), 0.0)
+    allowed = max(1.0 - energy, torch.finfo(S.dtype).eps) * (lost[:1] + beside)
+    rank = int((lost > allowed).sum())
+    if max_rank is not None:
+        rank = min(rank, max_rank)
+    return U[:, :rank] * S[:rank], V[:rank]
+
+
+def stacked(terms: Sequence[Term]) -> tuple[Tensor, Tensor] | None:
+    """Return B = [c_k B_k] and A = [A_k], whose product is M, where this is M at its simplest.
+
+    That is where M is probably of rank n, being wider and taller, and where the decomposition that
+    could tell is slow; None for any other sum.
+    """
+    M = _Sum.of(terms)
+    if not _EXACT < M.columns < min(M.d_out, M.d_in):
+        return None
+    return torch.cat([c * B for c, B, _ in M.terms], dim=1), torch.cat([A for _, _, A in M.terms])
+
+
+def orthonormal_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and A of the same product and shapes, the rows of A orthonormal: B = U S, A = V^T.
+
+    Directions of A that B does not use come last and stay, so that B can grow into them; only rows
+    beyond d_in, of which no more can be orthonormal, are zero. Signs are as in `best_rank`.
+
+    Args:
+        B: of shape (d_out, r).
+        A: of shape (r, d_in).
+    """
+    left, R_left = torch.linalg.qr(B.double())
+    right, R_right = torch.linalg.qr(A.double().T)
+    U, S, V = torch.linalg.svd(R_left @ R_right.T, full_matrices=True)  # r x r at most
+    V = V @ right.T
+    signs = _signs(V)
+    made_B, made_A = torch.zeros_like(B.double()), torch.zeros_like(A.double())
+    made_B[:, : len(S)] = (left @ U[:, : len(S)]) * (S * signs[: len(S)])
+    made_A[: len(V)] = signs[:, None] * V
+    return made_B, made_A
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """M as its terms, without the columns that are zero."""
+
+    terms: tuple[Term, ...]
+    d_out: int
+    d_in: int
+
+    @classmethod
+    def of(cls, terms: Sequence[Term]) -> _Sum:
+        d_out, d_in = terms[0][1].shape[0], terms[0][2].shape[1]
+        live: list[Term] = []
+        for c, B, A in terms:
+            used = B.any(0) & A.any(1)
+            live.append((c, B, A) if bool(used.all()) else (c, B[:, used], A[used]))
+        return cls(tuple(live), d_out, d_in)
+
+    @property
+    def columns(self) -> int:
+        return sum(len(A) for _, _, A in self.terms)
+
+    def randomised(self, wanted: int | None) -> bool:
+        """Whether `wanted` values are so few of so many that the exact SVD is not worth it."""
+        smallest = min(self.columns, self.d_out, self.d_in)
+        return wanted is not None and smallest > max(_EXACT, 4 * (wanted + _OVERSAMPLING))
+
+    def times(self, X: Tensor) -> Tensor:
+        """Return M X (d_out, m) for X (d_in, m)."""
+        total = X.new_zeros(self.d_out, X.shape[1])
+        for c, B, A in self.terms:
+            total.addmm_(B.double(), A.double() @ X, alpha=c)
+        return total
+
+    def transposed_times(self, Y: Tensor) -> Tensor:
+        """Return M^T Y (d_in, m) for Y (d_out, m)."""
+        total = Y.new_zeros(self.d_in, Y.shape[1])
+        for c, B, A in self.terms:
+            total.addmm_(A.double().T, B.double().T @ Y, alpha=c)
+        return total
+
+    def dense(self) -> Tensor:
+        """Return M itself, for when it is no larger than its factors."""
+        device = self.terms[0][1].device
+        total = torch.zeros(self.d_out, self.d_in, dtype=torch.float64, device=device)
+        for c, B, A in self.terms:
+            total.addmm_(B.double(), A.double(), alpha=c)
+        return total
+
+    def energy(self) -> float:
+        """Return ||M||_F^2 as sum c_k <B_k, M A_k^T>."""
+        parts = (c * (B.double() * self.times(A.double().T)).sum() for c, B, A in self.terms)
+        return float(sum(parts))
+
+
+def _svd(M: _Sum, wanted: int | None) -> _Svd:
+    """Return the SVD of M without values that are rounding; at least the `wanted` first of it."""
+    if M.randomised(wanted):
+        assert wanted is not None
+        U, S, V = _by_krylov(M, wanted)
+    elif M.columns < min(M.d_out, M.d_in):
+        U, S, V = _by_qr(M)
+    else:
+        U, S, V = torch.linalg.svd(M.dense(), full_matrices=False)
+    rounding = max(M.columns, M.d_out, M.d_in) * torch.finfo(S.dtype).eps
+    kept = int((rounding * S[:1] < S).sum())
+    signs = _signs(V[:kept])
+    return U[:, :kept] * signs, S[:kept], V[:kept] * signs[:, None]
+
+
+def _by_qr(M: _Sum) -> _Svd:
+    left, R_left = torch.linalg.qr(torch.cat([c * B.double() for c, B, _ in M.terms], dim=1))
+    right, R_right = torch.linalg.qr(torch.cat([A.double() for _, _, A in M.terms]).T)
+    U, S, V = torch.linalg.svd(R_left @ R_right.T)
+    return left @ U, S, V @ right.T
+
+
+def _by_krylov(M: _Sum, wanted: int) -> _Svd:
+    """Return the SVD of M within the Krylov spaces of a random block."""
+    normal = stream(0, "randomised SVD").standard_normal((M.d_in, wanted + _OVERSAMPLING))
+    device = M.terms[0][1].device
+    # orthonormal between the powers, which would else all turn to the largest direction
+    block, _ = torch.linalg.qr(M.times(torch.from_numpy(normal).to(device)))
+    blocks = [block]
+    for _ in range(_POWERS):
+        block, _ = torch.linalg.qr(M.times(M.transposed_times(block)))
+        blocks.append(block)
+    space, _ = torch.linalg.qr(torch.cat(blocks, dim=1))
+    U, S, V = torch.linalg.svd(M.transposed_times(space).T, full_matrices=False)
+    return space @ U, S, V
+
+
+def _signs(V: Tensor) -> Tensor:
+    """Return the sign of the largest entry of each row (m); of the first where several are."""
+    size = V.abs()
+    # entries that rounding alone tells apart count as equal
+    largest = (size >= (1.0 - 1e-6) * size.amax(1, keepdim=True)).int().argmax(1)
+    return V.gather(1, largest[:, None])[:, 0].sign()

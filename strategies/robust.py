@@ -1,0 +1,138 @@
+"""What the rules share that hold against hostile clients: they look at products, not at factors.
+
+A client may send (B_k Q^-1, Q A_k) for any invertible Q and mean the same update, so a distance
+between factors says nothing of how far two updates lie apart, and hides an attack as easily as it
+invents one. Distances here are those of what changes the model,
+
+    d(i, j)^2 = sum over layers ||s (B_i A_i - B_j A_j)||_F^2 + sum over extras ||v_i - v_j||^2,
+
+and come from Gram matrices of the factors (`strategies.gram`). A rule that `Surveyed` hosts turns
+them into a share for every client; the new adapter is the best rank-r approximation of the products
+so weighted, or one client's factors as they are where that client alone is taken.
+
+How many clients are hostile is not known. Where a rule needs the number f, `strategy.byzantine`
+names it; unset, it is the largest with n >= 3 f + 1 for the round's n updates.
+
+Capabilities: single updates are needed, so these rules do not go with secure sums; ranks may be
+mixed. No server optimiser goes on top: the approximation makes the basis of the factors anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedgraft.adapter import LoraLayer
+from fedgraft.config import Config
+from strategies.gram import gram_of_changes, gram_of_values
+from strategies.low_rank import Term, best_rank
+from strategies.options import RuleOptions
+from strategies.refusals import refuse_kept_optimizer
+from strategies.rule import (
+    Capabilities,
+    ExtraContext,
+    LayerContext,
+    LayerResult,
+    PerClientRule,
+    WeightedExtra,
+    WeightedLayer,
+)
+
+ROBUST = Capabilities(sum_only=False, mixed_ranks=True, extras="robust")
+"""What all of these rules can do."""
+
+_ROUNDING = 1e-9
+"""What shares that are meant to add up to 1 may lack of it."""
+
+
+class WeightOptions(RuleOptions):
+    """Options of robust rules whose papers weigh clients.
+
+    Attributes:
+        weights: `equal`, every client the same, or `examples`, n_k / sum n as in the papers. A
+            client reports its own n_k, so `examples` trusts what a hostile one can make up.
+    """
+
+    weights: Literal["equal", "examples"] = "equal"
+
+    def weights_of(self, shares: Sequence[float]) -> Tensor:
+        """Return the clients' weights (K), float64, which add up to 1."""
+        if self.weights == "examples":
+            return torch.tensor(shares, dtype=torch.float64)
+        return torch.full((len(shares),), 1.0 / len(shares), dtype=torch.float64)
+
+
+def assumed_hostile(clients: int) -> int:
+    """Return how many of a round's clients may be hostile where no option says: f, n >= 3 f + 1."""
+    return (clients - 1) // 3
+
+
+def clients_a_round(config: Config) -> int:
+    """Return how many clients a round of this config samples."""
+    federation = config.federation
+    return max(1, int(federation.fraction * federation.clients + 0.5))
+
+
+def best_layer(terms: Sequence[Term], current: LoraLayer) -> LoraLayer:
+    """Return the best layer of the current one's rank for a sum of products.
+
+    Where the sum has fewer directions than the rank, B is zero and A keeps the current rows, so
+    that clients can go on training there: with both zero neither would get a gradient again.
+    """
+    B, A = best_rank(terms, current.rank)
+    used = B.any(0)
+    return LoraLayer(torch.where(used[:, None], A, current.A.double()), B, current.scaling)
+
+
+class ProductRule(PerClientRule):
+    """A rule that makes a product, and then the best factors for it."""
+
+    def check(self, config: Config) -> None:
+        """Refuse to keep optimizers: the factors are of another basis in the next round.
+
+        Raises:
+            ConfigError: `train.optimizer-state` is "keep".
+        """
+        refuse_kept_optimizer(config, self.name, "the basis of B and A is remade")
+
+    def cut(self, layer: LoraLayer, rank: int) -> LoraLayer:
+        """Return the best approximation of a smaller rank."""
+        kept = LoraLayer(layer.A[:rank], layer.B[:, :rank], layer.scaling)
+        made = best_layer([(1.0, layer.B, layer.A)], kept)
+        return made.with_factors({"A": made.A.to(layer.A.dtype), "B": made.B.to(layer.B.dtype)})
+
+
+class Surveyed(ProductRule):
+    """A rule that weighs clients by the inner products of their whole changes.
+
+    A subclass defines `weigh`, whose survey is the Gram matrix (K, K) of what the clients changed.
+    """
+
+    surveys: ClassVar[bool] = True
+    capabilities = ROBUST
+
+    def survey(self, updates: Sequence[WeightedLayer], context: LayerContext) -> Tensor:
+        """Return one layer's part of the Gram matrix, (K, K)."""
+        return gram_of_changes([update.factors for update in updates], context.current)
+
+    def survey_extra(self, updates: Sequence[WeightedExtra], context: ExtraContext) -> Tensor:
+        """Return one extra's part of the Gram matrix, (K, K)."""
+        return gram_of_values([update.value for update in updates], context.current)
+
+    def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:
+        """Return the best factors for the products weighted by `weigh`'s shares.
+
+        What the shares lack of 1 stays with the current product.
+        """
+        current = context.current
+        rest = 1.0 - sum(update.share for update in updates)
+        terms = [(u.share, u.factors.B, u.factors.A) for u in updates if u.share > 0.0]
+        if abs(rest) > _ROUNDING:
+            terms.append((rest, current.B, current.A))
+        if len(terms) == 1:
+            _, B, A = terms[0]
+            return LayerResult(current.with_factors({"A": A, "B": B}))
+        return LayerResult(best_layer(terms, current))

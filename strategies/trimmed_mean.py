@@ -1,0 +1,72 @@
+"""Trimmed mean: entry by entry, without the largest and the smallest.
+
+"Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates"
+Dong Yin, Yudong Chen, Kannan Ramchandran, Peter Bartlett. ICML 2018.
+https://arxiv.org/abs/1803.01498 (definition 2)
+
+Of the K values of an entry the f largest and the f smallest are left out and the mean of the others
+is taken; f is at least the number of hostile clients and below K / 2. Entries are those of the
+products s B_k A_k (`strategies.coordinatewise`), where the paper has gradients.
+
+The paper trims a share beta of the values from each side; here it is f of them, the same
+`strategy.byzantine` as Krum's. Where a round has no more than 2 f updates, as many are trimmed as
+leave a median.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
+from strategies.coordinatewise import Coordinatewise
+from strategies.options import RuleOptions
+from strategies.robust import assumed_hostile, clients_a_round
+
+
+class TrimmedMeanOptions(RuleOptions):
+    """Options of the trimmed mean.
+
+    Attributes:
+        byzantine: f, how many values are left out on each side; unset, the largest with
+            n >= 3 f + 1 for the round's n updates.
+    """
+
+    byzantine: Annotated[int, Field(ge=0)] | None = None
+
+
+class TrimmedMean(Coordinatewise):
+    """Average every entry without its extremes."""
+
+    name = "trimmed-mean"
+    title = "Trimmed mean"
+    citation = "Yin et al., ICML 2018, arXiv:1803.01498"
+    Options = TrimmedMeanOptions
+    options: TrimmedMeanOptions
+
+    def check(self, config: Config) -> None:
+        """Refuse 2 f clients a round or fewer, and to keep optimizers.
+
+        Raises:
+            ConfigError: naming the rule that leaves as few as possible.
+        """
+        super().check(config)
+        f, n = self.options.byzantine or 0, clients_a_round(config)
+        if n <= 2 * f:
+            raise ConfigError(
+                f"trimmed-mean leaves out 2 x strategy.byzantine = {2 * f} values of each entry, "
+                f"and federation.clients and federation.fraction make {n} clients a round",
+                "Sample more clients, lower strategy.byzantine, or take "
+                "strategy.name=coordinate-median.",
+            )
+
+    def statistic(self, ordered: Tensor) -> Tensor:
+        """Return the mean of what is left in the middle."""
+        K = ordered.shape[1]
+        asked = self.options.byzantine
+        f = min(assumed_hostile(K) if asked is None else asked, (K - 1) // 2)
+        return ordered[:, f : K - f].mean(dim=1, dtype=torch.float64)
