@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,19 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 RUN_CONFIG_KEY = "fedgraft.config"
 """The one key under which a resolved config travels as JSON in Flower's run config."""
+_OTHER_WORDS = {
+    "learning-rate": "lr",
+    "lora-alpha": "alpha",
+    "lora-dropout": "dropout",
+    "lora-rank": "rank",
+    "r": "rank",
+    "target-modules": "targets",
+    "local-epochs": "epochs",
+    "local-steps": "steps",
+    "num-clients": "clients",
+    "num-rounds": "rounds",
+}
+"""What other programs call some of our keys."""
 RECORDED = ("run", "versions")
 """Tables of a run directory's config.toml that are a record of the run and not its config."""
 
@@ -328,10 +341,10 @@ def config_error(
     if first["type"] == "extra_forbidden":
         while isinstance(found, Mapping) and found:  # an unknown group: its first key says more
             key, found = f"{key}.{next(iter(found))}", next(iter(found.values()))
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        leaves = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-        guess = leaves[:1] or nearest
-        remedy = f"Did you mean {guess[0]}?" if guess else f"Known keys: {', '.join(known)}."
+        guess = _nearest(key, known)
+        group = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        listed = ", ".join(group if "." in key and group else known)
+        remedy = f"Did you mean {guess}?" if guess else f"Known keys: {listed}."
         return ConfigError(f"unknown config key {key}{where}", remedy)
     reason = first["msg"].removeprefix("Value error, ")
     if not key:
@@ -348,6 +361,21 @@ def config_error(
         f"config key {key}{where} is {found!r}: {reason[0].lower()}{reason[1:]}",
         f"Set {key} to a valid value, in the file or with --set {key}=...",
     )
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """Return the key that was meant: the group may be wrong, or the last word, but not both much.
+
+    Only last words are compared, since a long common group would make unlike ones look alike.
+    """
+    group, _, leaf = key.replace("_", "-").rpartition(".")
+    leaf = _OTHER_WORDS.get(leaf, leaf)
+    own = [k for k in known if k.rpartition(".")[0] == group]
+    for candidates, cutoff in ((own, 1.0), (known, 1.0), (own, 0.6), (known, 0.75)):
+        by_leaf = {k.rpartition(".")[2]: k for k in reversed(candidates)}
+        if close := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff):
+            return by_leaf[close[0]]
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
 
 
 def _is_branch(part: object) -> bool:

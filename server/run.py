@@ -33,6 +33,7 @@ from server.export import adapter_card, read_adapter, write_adapter
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.summary import Bookkeeping, summarise
 from server.tracking import TensorBoard, round_record
+from strategies.fitness import check_rule
 from strategies.ranks import by_rank, by_root
 from strategies.registry import build_rule
 from strategies.replies import mean_metrics
@@ -71,6 +72,7 @@ class FederatedRun(RoundHooks):
         self.directory = directory
         self.task = resident_task(config)
         self.rule = build_rule(config.strategy.name, config.strategy.options)
+        check_rule(self.rule, config)
         self.model = resident_model(self.task, config)
         # The thread count decides the last bits of every sum, so the record holds it.
         self.config = config.with_overrides({"threads": self.model.threads})

@@ -9,6 +9,7 @@ from fedgraft.errors import ConfigError
 from fedgraft.logs import hushed
 from fedgraft.resident_model import resident_model, resident_task
 from server.export import read_adapter
+from strategies.fitness import check_rule
 from strategies.registry import build_rule
 
 
@@ -16,11 +17,12 @@ def check(config: Config) -> Config:
     """Build rule, task, data and model, and return the config with its threads resolved.
 
     Raises:
-        ConfigError: an unknown strategy or option, or more clients than examples.
+        ConfigError: an unknown strategy or option, a config that the strategy can't honour, or more
+            clients than examples.
         DataError: data that cannot be read.
         ModelError: a base that cannot be loaded, or targets that match nothing.
     """
-    build_rule(config.strategy.name, config.strategy.options)
+    check_rule(build_rule(config.strategy.name, config.strategy.options), config)
     with hushed():
         task = resident_task(config)
         for client in range(config.federation.clients):

@@ -1,7 +1,7 @@
 """The best low-rank approximation of a sum of low-rank products, without forming the sum.
 
 M = sum c_k B_k A_k is d_out x d_in, of rank n at most, n the columns of all B_k together; columns
-that padding left empty are skipped. Everything is float64.
+that padding left empty are skipped. Results are float64.
 
 - n below both sides: with Q_B R_B = qr([c_k B_k]) and Q_A R_A = qr([A_k]^T), the SVD of R_B R_A^T
   (n, n) makes that of M, in about 4 n^2 (d_in + d_out) operations.
@@ -78,8 +78,8 @@ def to_energy(
     M = _Sum.of(terms)
     U, S, V = _svd(M, max_rank)
     lost = S.square().flip(0).cumsum(0).flip(0)  # the energy from each value on
-    if M.randomised(max_rank) and len(S):  # which saw a part of M only
-        lost = lost + max(M.energy() - float(lost[0]), 0.0)
+    if energy < 1.0 and M.randomised(max_rank):  # which saw a part of M only
+        lost = lost + max(M.energy() - float(lost[:1].sum()), 0.0)
     allowed = max(1.0 - energy, torch.finfo(S.dtype).eps) * (lost[:1] + beside)
     rank = int((lost > allowed).sum())
     if max_rank is not None:
@@ -147,17 +147,17 @@ class _Sum:
         return wanted is not None and smallest > max(_EXACT, 4 * (wanted + _OVERSAMPLING))
 
     def times(self, X: Tensor) -> Tensor:
-        """Return M X (d_out, m) for X (d_in, m)."""
+        """Return M X (d_out, m) for X (d_in, m), in X's precision."""
         total = X.new_zeros(self.d_out, X.shape[1])
         for c, B, A in self.terms:
-            total.addmm_(B.double(), A.double() @ X, alpha=c)
+            total.addmm_(B.to(X.dtype), A.to(X.dtype) @ X, alpha=c)
         return total
 
     def transposed_times(self, Y: Tensor) -> Tensor:
-        """Return M^T Y (d_in, m) for Y (d_out, m)."""
+        """Return M^T Y (d_in, m) for Y (d_out, m), in Y's precision."""
         total = Y.new_zeros(self.d_in, Y.shape[1])
         for c, B, A in self.terms:
-            total.addmm_(A.double().T, B.double().T @ Y, alpha=c)
+            total.addmm_(A.to(Y.dtype).T, B.to(Y.dtype).T @ Y, alpha=c)
         return total
 
     def dense(self) -> Tensor:
@@ -197,16 +197,21 @@ def _by_qr(M: _Sum) -> _Svd:
 
 
 def _by_krylov(M: _Sum, wanted: int) -> _Svd:
-    """Return the SVD of M within the Krylov spaces of a random block."""
+    """Return the SVD of M within the Krylov spaces of a random block.
+
+    float32 is enough to find the spaces (an error of e in them costs e^2 of the energy in them),
+    and twice as fast; what is done in them is float64.
+    """
     normal = stream(0, "randomised SVD").standard_normal((M.d_in, wanted + _OVERSAMPLING))
-    device = M.terms[0][1].device
-    # orthonormal between the powers, which would else all turn to the largest direction
-    block, _ = torch.linalg.qr(M.times(torch.from_numpy(normal).to(device)))
+    random = torch.from_numpy(normal).to(M.terms[0][1].device, torch.float32)
+    # orthonormal after each step, or all columns would turn to the largest direction
+    block, _ = torch.linalg.qr(M.times(random))
     blocks = [block]
     for _ in range(_POWERS):
-        block, _ = torch.linalg.qr(M.times(M.transposed_times(block)))
+        across, _ = torch.linalg.qr(M.transposed_times(block))
+        block, _ = torch.linalg.qr(M.times(across))
         blocks.append(block)
-    space, _ = torch.linalg.qr(torch.cat(blocks, dim=1))
+    space, _ = torch.linalg.qr(torch.cat(blocks, dim=1).double())
     U, S, V = torch.linalg.svd(M.transposed_times(space).T, full_matrices=False)
     return space @ U, S, V
 

@@ -118,9 +118,19 @@ def assigned(
             name: max(1, rank >> _halvings(largest, own)) if own else rank
             for name, own in memory.items()
         }
-    if len(ranks) != len(memory):
+    check_ranks(ranks, len(memory), rank)
+    return dict(zip(memory, ranks, strict=True))
+
+
+def check_ranks(ranks: Sequence[int], clients: int, rank: int) -> None:
+    """Check a list of `federation.ranks`.
+
+    Raises:
+        ConfigError: it is not one rank for each client, or holds one above the adapter's.
+    """
+    if len(ranks) != clients:
         raise ConfigError(
-            f"federation.ranks names {len(ranks)} ranks for {len(memory)} clients",
+            f"federation.ranks names {len(ranks)} ranks for {clients} clients",
             "Give one rank for each client.",
         )
     if max(ranks) > rank:
@@ -128,7 +138,6 @@ def assigned(
             f"federation.ranks holds {max(ranks)}, and adapter.rank is {rank}",
             "Set adapter.rank to the largest client's rank: it is the global adapter's.",
         )
-    return dict(zip(memory, ranks, strict=True))
 
 
 def _halvings(largest: int, own: int) -> int:

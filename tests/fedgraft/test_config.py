@@ -46,6 +46,12 @@ def complaint(tree: dict[str, Any], **options: str) -> str:
         ("federation.lr", "train.lr"),  # the wrong group
         ("federtion.rounds", "federation.rounds"),  # a group that is none
         ("evaluation.every", "evaluate.every"),
+        ("train.learning-rate", "train.lr"),  # other programs' words
+        ("train.learning_rate", "train.lr"),
+        ("learning-rate", "train.lr"),
+        ("adapter.lora_alpha", "adapter.alpha"),
+        ("adapter.r", "adapter.rank"),
+        ("federtion.round", "federation.rounds"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str):
@@ -56,6 +62,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str):
 def test_an_unknown_key_like_no_other_lists_all():
     said = complaint({"xyzzyq": 1})
     assert "Known keys: task.name" in said and "compare" in said
+    assert "Known keys: track.tensorboard." in complaint({"track.wandb": True})  # of its group
 
 
 def test_the_file_is_named():

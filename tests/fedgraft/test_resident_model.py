@@ -275,7 +275,38 @@ def test_targets_that_match_nothing_are_refused_with_candidates(digits: Task):
     config = digits.config.with_overrides({"adapter.targets": ["query"]})
     with pytest.raises(ModelError, match=r"adapter\.targets is \['query'\]") as caught:
         ResidentModel(digits, config)
-    assert "classifier, fc1, fc2, k_proj, o_proj, q_proj, v_proj" in caught.value.remedy
+    assert "here: fc1, fc2, k_proj, o_proj, q_proj, v_proj;" in caught.value.remedy
+
+
+@pytest.mark.parametrize("wrong", ["nope", "proj", "classifier", "layers.9.fc1"])
+def test_every_target_must_match_a_module(wrong: str, digits: Task):
+    """Whole names, and ends of dotted ones: PEFT's own matching. A head is trained whole anyway."""
+    config = digits.config.with_overrides({"adapter.targets": ["q_proj", wrong, "fc1"]})
+    with pytest.raises(ModelError, match=f"no module of the base matches '{wrong}'") as caught:
+        ResidentModel(digits, config)
+    assert "q_proj" in caught.value.remedy
+
+
+def test_a_target_may_name_one_layer(digits: Task):
+    name = next(n for n, _ in digits.load_base().named_modules() if n.endswith("q_proj"))
+    for entry in (name, name.split(".", 1)[1]):
+        config = digits.config.with_overrides({"adapter.targets": [entry]})
+        factors = [n for n in ResidentModel(digits, config).parameters if "lora_A" in n]
+        assert factors == [f"base_model.model.{name}.lora_A.weight"]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "fc1"], "all-linear"])
+def test_a_rank_above_the_smallest_layers_is_refused_before_it_is_allocated(
+    targets: object, digits: Task
+):
+    """A change of a 64 x 64 weight has rank 64 at most, and may have that."""
+    config = digits.config.with_overrides({"adapter.targets": targets, "adapter.rank": 64})
+    parameters = ResidentModel(digits, config).parameters
+    assert {min(p.shape) for n, p in parameters.items() if "lora" in n} == {64}
+    for rank in (65, 10**12):  # of which even one factor would fit no memory
+        with pytest.raises(ConfigError, match=r"q_proj is 64 x 64: a change of it") as caught:
+            ResidentModel(digits, config.with_overrides({"adapter.rank": rank}))
+        assert "Set adapter.rank to at most 64" in caught.value.remedy
 
 
 def test_targets_and_rank_of_the_config_are_used(digits: Task):
