@@ -34,8 +34,7 @@ class Latent:
         }
         self.leaves = dict(parameters)
         for name, basis in self._bases.items():
-            start = torch.linalg.lstsq(basis, parameters[name].detach()).solution
-            self.leaves[name] = nn.Parameter(start)
+            self.leaves[name] = nn.Parameter(_core(basis, parameters[name].detach()))
         self.push_forward()
 
     @torch.no_grad()
@@ -56,3 +55,13 @@ class Latent:
             name: self.leaves[name].detach().to("cpu", torch.float32, copy=True)
             for name in self._bases
         }
+
+
+def _core(basis: Tensor, value: Tensor) -> Tensor:
+    """Return C (m, r) for which U C is nearest to a value (d, r).
+
+    By the normal equations, in float64: torch's lstsq gives other bits from call to call.
+    """
+    U = basis.double()
+    solution: Tensor = torch.linalg.solve(U.T @ U, U.T @ value.double())
+    return solution.to(value.dtype)

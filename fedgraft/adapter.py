@@ -239,13 +239,14 @@ def from_arrays(arrays: ArrayRecord) -> Tensors:
     for name, array in arrays.items():
         try:
             if array.stype == _SPARSE:
-                tensors[name] = torch.from_numpy(sparse.load(array.data, tuple(array.shape)))
+                tensors[name] = torch.from_numpy(sparse.load(array.data, tuple(array.shape))).clone()
                 continue
             if array.stype != _NUMPY:
                 raise TypeError(f"it is serialised as {array.stype!r}, not {_NUMPY!r}")
             values = npy.load(array.data)
             native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
-            tensors[name] = torch.from_numpy(native)
+            # torch's own memory, since products of matrices that lie elsewhere may differ in bits
+            tensors[name] = torch.from_numpy(native).clone()
         except Exception as error:  # on hostile bytes numpy and torch raise nearly every kind
             raise UpdateError(f"tensor {name!r} cannot be read: {error}") from error
     return tensors

@@ -102,7 +102,11 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # cloned into aligned memory: where a matrix lies may decide the last bit of its products
+            tensors: dict[str, torch.Tensor] = {
+                name: file.get_tensor(name).clone()
+                for name in file.keys()  # noqa: SIM118
+            }
             notes = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error

@@ -360,14 +360,14 @@ def _targeted(base: nn.Module, task: Task, targets: list[str] | str) -> dict[str
     linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     if isinstance(targets, str):
         output = getattr(base, "get_output_embeddings", lambda: None)()
-        chosen = {name: module for name, module in linear.items() if module is not output}
-        if not chosen:
+        rest: dict[str, nn.Module] = {n: m for n, m in linear.items() if m is not output}
+        if not rest:
             raise ModelError(
                 f"adapter.targets is {targets!r}, and the base has no linear layer",
                 "Name the modules that LoRA is to attach to.",
             )
-        return chosen
-    chosen = {}
+        return rest
+    chosen: dict[str, nn.Module] = {}
     for entry in targets:
         found = {n: m for n, m in modules.items() if f".{n}".endswith(f".{entry}")}
         if not found:

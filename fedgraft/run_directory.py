@@ -33,6 +33,9 @@ OUT_KEY = "fedgraft.out"
 PERSONAL_KEY = "fedgraft.personal"
 """Key of Flower's run config that tells simulated clients where to keep personal state."""
 
+PLAN_FILE = "comparison.toml"
+"""What tells a comparison's directory from a run's: strategies, seeds, grid and common config."""
+
 _PACKAGES = ("fedgraft", "flwr", "torch", "peft", "transformers", "numpy")
 
 
@@ -84,9 +87,10 @@ class RunDirectory:
         Raises:
             ConfigError: it already holds a run, or something that is not a run.
         """
-        if (path / "config.toml").exists() or (path / "comparison.toml").exists():
+        comparison = (path / PLAN_FILE).exists()
+        if comparison or (path / "config.toml").exists():
             raise ConfigError(
-                f"{path} already holds a run",
+                f"{path} already holds a {'comparison' if comparison else 'run'}",
                 f"Continue it with --resume {path}, or choose another --out.",
             )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -100,6 +104,12 @@ class RunDirectory:
             ConfigError: there is no run in it.
         """
         directory = cls(path)
+        if (path / PLAN_FILE).is_file():
+            raise ConfigError(
+                f"{path} holds a comparison, not a run",
+                f"Go on with it: fedgraft compare --resume {path}; or name one of its runs: "
+                f"{path}/runs/*.",
+            )
         if not directory.config_file.is_file():
             raise ConfigError(
                 f"{path} holds no run: it has no config.toml",

@@ -41,10 +41,12 @@ def export(directory: Path, to: Path, merge: bool, as_json: bool) -> None:
     """
     from fedgraft.run_directory import RunDirectory
     from server.export import export_adapter, export_merged
+    from server.screen import busy
 
     run = RunDirectory.open(directory)
     if merge:
-        export_merged(run, to)
+        with busy("Merging the adapter into its base"):
+            export_merged(run, to)
     else:
         export_adapter(run, to)
     kind = "model" if merge else "adapter"

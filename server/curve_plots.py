@@ -29,7 +29,7 @@ from server.figure import (
 )
 from server.results import Results
 from server.series import Curve, bias_by_round, is_exact, metric_by_bytes, metric_by_round
-from server.statistics import finals, mean_and_sd, reference_finals
+from server.statistics import finals, mean_and_sd, reference_finals, reference_label
 from server.units import MEGABYTE, MINUS, Unit, clip
 
 _LOG_FROM = 20.0
@@ -229,10 +229,16 @@ def _draw_test_panel(axes: Axes, results: Results) -> None:
 
 
 def _draw_references(main: Axes, test: Axes, results: Results) -> dict[str, float]:
-    """Draw the reference rows through both panels and return where they stand, as drawn."""
+    """Draw the reference rows through both panels and return where they stand, as drawn.
+
+    Where strategies have different ones of a name, no line stands for all, and none is drawn.
+    """
+    labels = {(row["name"], reference_label(row)) for row in results.comparison["references"]}
+    several = {label for name, label in labels if sum(n == name for n, _ in labels) > 1}
     rows = {
         name: mean_and_sd(list(by_seed.values()))[0]
         for name, by_seed in reference_finals(results.comparison).items()
+        if name not in several
     }
     scale = results.unit.scale
     known = {name: mean * scale for name, mean in rows.items() if mean is not None}

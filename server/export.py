@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedgraft.adapter import Adapter, LoraLayer, pad_rank
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
-from fedgraft.files import read_tensors, write_bytes, write_tensors, write_text
+from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors, write_text
+from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
 
@@ -74,6 +80,8 @@ def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[
     """Return the adapter's README: what it is, where it comes from, what it reached."""
     base = config.model.base or f"built into the task {config.task.name}"
     metric = summary["metric"]
+    given = f"the adapter in `{config.adapter.from_}`" if config.adapter.from_ else ""
+    before = f"at the start ({given})" if given else "untouched base"
     front = {"library_name": "peft", "base_model": base, "tags": ["lora", "federated-learning"]}
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     return f"""---
@@ -93,10 +101,10 @@ def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[
 | this adapter | round {summary["best_round"]}, the best on validation |
 | rank, alpha | {config.adapter.rank}, {config.adapter.alpha:g} ({config.adapter.type}) |
 | seed | {summary["seed"]} |
-| test {metric}, untouched base | {summary["initial"]:.4f} |
+| test {metric}, {before} | {summary["initial"]:.4f} |
 | test {metric}, this adapter | {summary["final"]:.4f} |
 | differential privacy | none |
-| lineage | `{lineage}` |
+| lineage | `{lineage}`{f", started from {given}" if given else ""} |
 
 ```python
 from peft import PeftModel
@@ -155,27 +163,58 @@ def export_adapter(directory: RunDirectory, to: Path) -> None:
 
     Raises:
         ConfigError: the run has no adapter yet, or the target is not empty.
+        RunError: the disk is full or refuses the write; nothing is left in the target.
     """
     _check_target(directory, to)
-    for path in sorted(directory.adapter.iterdir()):
-        write_bytes(to / path.name, path.read_bytes())
+    with _whole(to):
+        for path in sorted(directory.adapter.iterdir()):
+            write_bytes(to / path.name, path.read_bytes())
 
 
 def export_merged(directory: RunDirectory, to: Path) -> None:
     """Write the base with the adapter merged into it, as an ordinary model folder.
 
+    What prepares the base's inputs (a tokenizer, an image processor) goes with it.
+
     Raises:
         ConfigError: the run has no adapter yet, or the target is not empty.
         ModelError: the base cannot be loaded, or has no `save_pretrained`.
+        RunError: the disk is full or refuses the write; nothing is left in the target.
     """
     from peft import PeftModel
 
     _check_target(directory, to)
-    base = load_task(directory.config()).load_base()
-    merged: Any = PeftModel.from_pretrained(base, str(directory.adapter)).merge_and_unload()
-    if not hasattr(merged, "save_pretrained"):
-        raise ModelError(f"a {type(merged).__name__} cannot be saved as a model folder")
-    merged.save_pretrained(to)
+    with hushed():
+        task = load_task(directory.config())
+        adapter = str(directory.adapter)
+        merged: Any = PeftModel.from_pretrained(task.load_base(), adapter).merge_and_unload()
+        if not hasattr(merged, "save_pretrained"):
+            raise ModelError(f"a {type(merged).__name__} cannot be saved as a model folder")
+        with _whole(to):
+            for part in (merged, *task.preparation()):
+                part.save_pretrained(to)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Write a new folder inside the block; where that fails, none of it is left.
+
+    Raises:
+        RunError: the disk is full or refuses the write.
+    """
+    there = folder.exists()
+    try:
+        with disk_errors(folder):
+            try:
+                yield
+            except SafetensorError as error:  # wraps the operating system's
+                code = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            folder.mkdir(exist_ok=True)
+        raise
 
 
 def _check_target(directory: RunDirectory, to: Path) -> None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedgraft.config import read_toml
 from fedgraft.errors import ConfigError
-from fedgraft.run_directory import RunDirectory
-from server.statistics import Comparison, build_comparison, label_of
+from fedgraft.run_directory import PLAN_FILE, RunDirectory
+from server.statistics import Comparison, build_comparison, label_of, reference_label
 from server.units import Unit
 
 COMPARISON_FILE = "comparison.json"
-PLAN_FILE = "comparison.toml"
-"""What a comparison was asked for: strategies, seeds, grid and the config common to its runs."""
 _NEEDED = ("strategy", "seed", "task", "metric", "direction", "final", "best_round")
 
 
@@ -101,29 +99,34 @@ def read_results(directories: Sequence[Path]) -> Results:
             different tasks; the message names the file.
     """
     runs: dict[Path, Run] = {}
-    references: list[dict[str, Any]] = []
+    references: list[tuple[str, list[dict[str, Any]]]] = []
     plan: dict[str, Any] = {}
+    only = len(directories) == 1
+    sources = Counter(path.name for path in {directory.resolve() for directory in directories})
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"there is no folder {directory}", "Check the path.")
-        only, source = len(directories) == 1, directory.resolve().name
+        source = directory.resolve().name
+        if sources[source] > 1:
+            source = str(directory)
         if not (directory / COMPARISON_FILE).is_file():
             run = _read_run(directory, "." if only else source, source)
             runs.setdefault(directory.resolve(), run)
             continue
         listing = _read_object(directory / COMPARISON_FILE, ("runs", "references"))
+        called: dict[str, str] = {}
         for name, label in _listed_runs(listing, directory / COMPARISON_FILE):
             folder = directory / name
             run = _read_run(folder, name if only else f"{source}/{name}", source)
             if label:
                 run = replace(run, summary=run.summary | {"label": label})
-            runs.setdefault(folder.resolve(), run)
-        references += listing["references"]
+            called[name] = runs.setdefault(folder.resolve(), run).name
+        references.append((source, _of_directory(listing["references"], called)))
         if only and (directory / PLAN_FILE).is_file():
             plan = read_toml(directory / PLAN_FILE)
     chosen = _with_unique_labels(list(runs.values()))
-    agreed, notes = _agreed(references)
-    comparison = build_comparison([r.summary | {"directory": r.name} for r in chosen], agreed)
+    rows, notes = (listing["references"], ()) if only and references else _agreed(references)
+    comparison = build_comparison([r.summary | {"directory": r.name} for r in chosen], rows)
     if plan:
         return Results(tuple(chosen), comparison, notes, plan["config"], _compare_command(plan))
     names = [run.name for run in chosen]
@@ -218,18 +221,43 @@ def _with_unique_labels(runs: list[Run]) -> list[Run]:
     ]
 
 
-def _agreed(references: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """Return the reference rows without twins, and without the names that two of them dispute."""
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    disputed: set[str] = set()
-    for row in references:
-        name = str(row["name"])
-        if rows.setdefault((name, int(row["seed"])), row)["final"] != row["final"]:
-            disputed.add(name)
-    kept = [row for (name, _), row in rows.items() if name not in disputed]
+def _of_directory(rows: list[dict[str, Any]], runs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return a comparison's reference rows with the runs that they belong to, as read here.
+
+    Args:
+        rows: the rows; one that names no runs belongs to all of the comparison's.
+        runs: what a run is called here, by the directory that the comparison has it under.
+    """
+    return [
+        row | {"runs": [runs[name] for name in row.get("runs", runs) if name in runs]}
+        for row in rows
+    ]
+
+
+def _agreed(
+    by_source: Sequence[tuple[str, list[dict[str, Any]]]],
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Join the reference rows of several comparisons: equal ones, and others under their source.
+
+    Returns:
+        The rows, each with the runs that it belongs to, and what a reader must know.
+    """
+    found: dict[str, list[dict[int, float]]] = {}
+    for _, rows in by_source:
+        for label in dict.fromkeys(reference_label(row) for row in rows):
+            finals = {int(r["seed"]): r["final"] for r in rows if reference_label(r) == label}
+            found.setdefault(label, []).append(finals)
+    disputed = {label for label, finals in found.items() if any(f != finals[0] for f in finals)}
+    joined: dict[tuple[str, int], dict[str, Any]] = {}
+    for source, rows in by_source:
+        for row in rows:
+            label = reference_label(row)
+            shown = f"{label} ({source})" if label in disputed else label
+            first = joined.setdefault((shown, int(row["seed"])), row | {"label": shown, "runs": []})
+            first["runs"] += row["runs"]
     if not disputed:
-        return kept, ()
-    return kept, (
-        f"The comparisons disagree on the reference rows {', '.join(sorted(disputed))}, so their "
-        "federations differ; these rows are left out.",
+        return list(joined.values()), ()
+    return list(joined.values()), (
+        f"The comparisons' reference rows {', '.join(sorted(disputed))} differ, so their "
+        "federations or seeds do: each run is measured against its own comparison's.",
     )

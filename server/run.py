@@ -178,9 +178,11 @@ class FederatedRun(RoundHooks):
             return
         initial = self._test(outcome.state.adapter, outcome.test)
         if not math.isfinite(initial):
+            given = self.config.adapter.from_
+            start = f"the adapter in {given}" if given else "the untouched base"
             raise ModelError(
-                f"the untouched base has a test {self.task.metric} of {initial}",
-                "Set model.dtype to float32, or choose another base.",
+                f"{start} has a test {self.task.metric} of {initial}",
+                f"Set model.dtype to float32, or choose another {'one' if given else 'base'}.",
             )
         self.books = Bookkeeping(initial=initial, descriptions=_ordered(descriptions))
         self._record(outcome)

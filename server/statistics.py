@@ -117,7 +117,8 @@ def build_comparison(
     Args:
         summaries: one `summary.json` a run, with its "directory"; the first one's strategy is the
             one that all others are compared with.
-        references: the reference rows, one a name and seed.
+        references: the reference rows, one a name and seed. Where the runs do not all have the
+            same, a row has a "label" and in "runs" the directories that it belongs to.
 
     Returns:
         {"runs", "references", "strategies"}: a strategy's mean is null where a run has no finite
@@ -165,22 +166,60 @@ def improvement(new: float, old: float, direction: str) -> float:
 
 
 def reference_finals(comparison: Comparison) -> dict[str, BySeed]:
-    """Return the reference rows' test metric by name, in the order of `REFERENCES`, and by seed.
+    """Return the reference rows' test metric by label, in the order of `REFERENCES`, and by seed.
 
-    Without a base row, the runs' own starts stand in for it under the name `START`.
+    Without a base row, the runs' own starts stand in for it under the name `START`, where the
+    strategies agree on them.
     """
     found: dict[str, BySeed] = {}
     for reference in comparison["references"]:
-        found.setdefault(str(reference["name"]), {})[int(reference["seed"])] = number(
+        found.setdefault(reference_label(reference), {})[int(reference["seed"])] = number(
             reference["final"]
         )
-    if "base" not in found:
-        starts = {int(run["seed"]): number(run.get("initial")) for run in comparison["runs"]}
-        starts = {seed: start for seed, start in starts.items() if math.isfinite(start)}
-        if starts:
-            found[START] = starts
-    known = [name for name in (START, *REFERENCES) if name in found]
-    return {name: found[name] for name in [*known, *(n for n in found if n not in known)]}
+    names = {reference_label(row): str(row["name"]) for row in comparison["references"]}
+    if "base" not in names.values() and (starts := _shared_starts(comparison)):
+        found[START], names[START] = starts, START
+    order = {name: place for place, name in enumerate((START, *REFERENCES))}
+    return {label: found[label] for label in sorted(found, key=lambda x: order.get(names[x], 9))}
+
+
+def reference_label(reference: Mapping[str, Any]) -> str:
+    """Return what tables call a reference row: its name, and what tells it from others of it."""
+    return str(reference.get("label") or reference["name"])
+
+
+def references_by_strategy(comparison: Comparison, name: str) -> dict[str, BySeed]:
+    """Return what each strategy is to be measured against, by its label and by seed.
+
+    Args:
+        comparison: whose reference rows name the runs that they belong to in "runs", by directory;
+            a row without that belongs to all.
+        name: "base", "alone" or "centralised". Where no row is a base, it is each run's own start.
+
+    Returns:
+        Empty for a strategy that no row belongs to.
+    """
+    rows = [row for row in comparison["references"] if row["name"] == name]
+    found: dict[str, BySeed] = {label_of(run): {} for run in comparison["runs"]}
+    for run in comparison["runs"]:
+        seed = int(run["seed"])
+        for row in rows:
+            own = row.get("runs")
+            if int(row["seed"]) == seed and (own is None or run.get("directory") in own):
+                found[label_of(run)][seed] = number(row["final"])
+        if name == "base" and not rows and math.isfinite(start := number(run.get("initial"))):
+            found[label_of(run)][seed] = start
+    return found
+
+
+def _shared_starts(comparison: Comparison) -> BySeed:
+    """Return the runs' starts by seed; empty where two of a seed differ."""
+    starts: BySeed = {}
+    for run in comparison["runs"]:
+        start = number(run.get("initial"))
+        if math.isfinite(start) and starts.setdefault(int(run["seed"]), start) != start:
+            return {}
+    return starts
 
 
 def mean_improvement(by_seed: BySeed, reference: BySeed, direction: str) -> float | None:

@@ -18,6 +18,8 @@ from server.statistics import (
     mean_and_sd,
     mean_improvement,
     reference_finals,
+    reference_label,
+    references_by_strategy,
 )
 from server.units import NOTHING, Unit, megabytes, number, seconds
 
@@ -79,9 +81,13 @@ class StrategyRow:
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """One reference row's cells, as text; `spread` is the range over clients, where it has one."""
+    """One reference row's cells, as text; `spread` is the range over clients, where it has one.
+
+    Its `name` says what it is; its label tells it from others of the name.
+    """
 
     name: str
+    label: str
     result: str
     spread: str
     words: str
@@ -91,9 +97,8 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
     """Return the rows of a comparison's strategies, the one that others are compared with first."""
     unit = _unit(comparison)
     direction = str(comparison["runs"][0]["direction"])
-    references = reference_finals(comparison)
-    base = references.get("base", references.get(START, {}))
-    centralised = references.get("centralised", {})
+    base = references_by_strategy(comparison, "base")
+    centralised = references_by_strategy(comparison, "centralised")
     by_label = finals(comparison["runs"])
     rows = []
     for strategy in comparison["strategies"]:
@@ -102,7 +107,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
         middle, low, high = unit.differences(
             strategy["difference"], strategy["low"], strategy["high"]
         )
-        ahead = mean_improvement(by_label[label], centralised, direction)
+        ahead = mean_improvement(by_label[label], centralised[label], direction)
         up, down = _mean(runs, "bytes_up"), _mean(runs, "bytes_down")
         spent = [number(run.get("epsilon")) for run in runs if run.get("epsilon") is not None]
         rows.append(
@@ -112,7 +117,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
                 result=unit.spread(strategy["mean"], strategy["sd"]),
                 difference=middle,
                 interval=NOTHING if low == NOTHING else f"{low} to {high}",
-                gain=unit.difference(mean_improvement(by_label[label], base, direction)),
+                gain=unit.difference(mean_improvement(by_label[label], base[label], direction)),
                 short=unit.difference(None if ahead is None else -ahead),
                 sent=megabytes(None if up is None or down is None else up + down),
                 up=megabytes(up),
@@ -132,13 +137,15 @@ def reference_rows(comparison: Comparison) -> list[ReferenceRow]:
     """Return the reference rows of a comparison, with what each of them is."""
     unit = _unit(comparison)
     rows = []
-    for name, by_seed in reference_finals(comparison).items():
-        entries = [row for row in comparison["references"] if row["name"] == name]
+    for label, by_seed in reference_finals(comparison).items():
+        entries = [row for row in comparison["references"] if reference_label(row) == label]
+        name = str(entries[0]["name"]) if entries else START
         lows = [number(row["low"]) for row in entries if row.get("low") is not None]
         highs = [number(row["high"]) for row in entries if row.get("high") is not None]
         rows.append(
             ReferenceRow(
                 name=name,
+                label=label,
                 result=unit.spread(*mean_and_sd(list(by_seed.values()))),
                 spread=f"{unit.value(min(lows))} to {unit.value(max(highs))}"
                 if lows and highs
@@ -151,7 +158,7 @@ def reference_rows(comparison: Comparison) -> list[ReferenceRow]:
 
 def base_name(comparison: Comparison) -> str:
     """Return what gains are over: "base", or "start" where no base row was computed."""
-    return "base" if "base" in reference_finals(comparison) else START
+    return "base" if any(row["name"] == "base" for row in comparison["references"]) else START
 
 
 def results_table(comparison: Comparison) -> Table:
@@ -190,7 +197,7 @@ def results_table(comparison: Comparison) -> Table:
         table.add_row(Text(row.label), *(Text(cell) for cell in cells))
     table.add_section()
     for reference in reference_rows(comparison):
-        table.add_row(Text(reference.name, style="dim"), Text(reference.result, style="dim"))
+        table.add_row(Text(reference.label, style="dim"), Text(reference.result, style="dim"))
     return table
 
 

@@ -10,7 +10,6 @@ import math
 
 from server.statistics import (
     MOST_SEEDS,
-    START,
     BySeed,
     Comparison,
     finals,
@@ -19,7 +18,7 @@ from server.statistics import (
     mean_improvement,
     paired_differences,
     paired_interval,
-    reference_finals,
+    references_by_strategy,
     seeds_needed,
 )
 from server.units import Unit, listed
@@ -51,10 +50,10 @@ class _Reading:
         self.direction = str(run["direction"])
         self.by_label = finals(comparison["runs"])
         self.first = next(iter(self.by_label))
-        references = reference_finals(comparison)
-        self.base = references.get("base", references.get(START, {}))
-        self.base_words = "the untouched base" if "base" in references else "its own start"
-        self.centralised = references.get("centralised", {})
+        self.base = references_by_strategy(comparison, "base")
+        self.centralised = references_by_strategy(comparison, "centralised")
+        rows = any(row["name"] == "base" for row in comparison["references"])
+        self.base_words = "the untouched base" if rows else "its own start"
 
     def one_strategy(self) -> list[str]:
         """Say what a strategy reaches, and what lies between it and the reference rows."""
@@ -63,12 +62,12 @@ class _Reading:
         if mean is None:
             return [self._no_result(self.first)]
         headline = f"{self.first} reaches a test {self.unit.name} of {self.unit.spread(mean, sd)}"
-        gain = mean_improvement(by_seed, self.base, self.direction)
+        gain = mean_improvement(by_seed, self.base[self.first], self.direction)
         if gain is not None:
             word = "better" if gain >= 0 else "worse"
             headline += f", {self._size(gain)} {word} than {self.base_words}"
         lines = [f"{headline}."]
-        ahead = mean_improvement(by_seed, self.centralised, self.direction)
+        ahead = mean_improvement(by_seed, self.centralised[self.first], self.direction)
         if ahead is not None:
             word = "past" if ahead > 0 else "short of"
             lines.append(f"It ends {self._size(ahead)} {word} training on the pooled data.")
@@ -137,12 +136,12 @@ class _Reading:
         lines = []
         words = self.base_words.replace("its", "their")
         gains = self._over_all(self.base)
-        if gains and min(gains) > 0:
+        if len(gains) == len(self.by_label) and min(gains) > 0:
             lines.append(f"All of them gain over {words}: {self._sizes(gains)}.")
         elif gains:
             lines.append(f"Change against {words} (above zero is better): {self._sizes(gains)}.")
         ahead = self._over_all(self.centralised)
-        if ahead and max(ahead) < 0:
+        if len(ahead) == len(self.by_label) and max(ahead) < 0:
             short = self._sizes([-gain for gain in ahead])
             lines.append(f"They end short of training on the pooled data: {short}.")
         elif ahead:
@@ -156,10 +155,10 @@ class _Reading:
         low, high = self.unit.differences(min(values), max(values), signed=min(values) < 0)
         return f"{low if low == high else f'{low} to {high}'}{self.unit.points}"
 
-    def _over_all(self, reference: BySeed) -> list[float]:
+    def _over_all(self, references: dict[str, BySeed]) -> list[float]:
         found = (
-            mean_improvement(by_seed, reference, self.direction)
-            for by_seed in self.by_label.values()
+            mean_improvement(by_seed, references[label], self.direction)
+            for label, by_seed in self.by_label.items()
         )
         return [gain for gain in found if gain is not None]
 

@@ -11,23 +11,23 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedgraft.config import Config
+from fedgraft.config import Config, flatten
 from fedgraft.errors import FedGraftError, RunError
 from fedgraft.files import write_json, write_text
 from fedgraft.logs import hushed
-from fedgraft.run_directory import RunDirectory
+from fedgraft.run_directory import PLAN_FILE, RunDirectory
 from server.screen import Screen, busy
 from server.statistics import build_comparison
 from simulations.check import check
 from simulations.engine import run_engine
-from simulations.plan import PLAN_FILE, Plan
-from simulations.references import reference
+from simulations.plan import Plan
+from simulations.references import depends_on, reference
 from simulations.simulate import draw, free_path, is_finished, lineage
 from simulations.workers import at_work
 
@@ -41,12 +41,14 @@ class Job:
         config: with its seed.
         path: a run's directory, or a reference row's file.
         reference: the row's name; "" for a run.
+        runs: the runs that a reference row belongs to; empty where it belongs to all.
     """
 
     label: str
     config: Config
     path: Path
     reference: str = ""
+    runs: tuple[Path, ...] = ()
 
     @property
     def title(self) -> str:
@@ -79,7 +81,16 @@ def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dic
         for job in jobs
         if not job.reference
     ]
-    references = [results[job.path] for job in jobs if job.reference]
+    references = [
+        results[job.path]
+        | (
+            {"label": job.label, "runs": [str(r.relative_to(path)) for r in job.runs]}
+            if job.runs
+            else {}
+        )
+        for job in jobs
+        if job.reference
+    ]
     comparison = dict(build_comparison(runs, references))
     write_json(path / "comparison.json", comparison)
     with busy("Drawing plots and the report"):
@@ -89,19 +100,46 @@ def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dic
 
 def _jobs(plan: Plan, path: Path) -> list[Job]:
     """Return all jobs with checked configs, runs first in the order of the table."""
-    jobs = []
+    jobs: list[Job] = []
+    threads: dict[str, int | None] = {}
     for label, variant in plan.variants().items():
         checked = check(variant.with_overrides({"seed": plan.seeds[0]}))
+        threads[label] = checked.threads
         for seed in plan.seeds:
             config = checked.with_overrides({"seed": seed})
             folder = path / "runs" / f"{_slug(label)}-seed{seed}"
             jobs.append(Job(label, config, folder))
-    first = jobs[0].config
-    for name, seed in itertools.product(plan.references, plan.seeds):
-        file = path / "references" / f"{name}-seed{seed}.json"
-        config = first.with_overrides({"seed": seed})
-        jobs.append(Job(name, config, file, name))
+    beside = {
+        label: config.with_overrides({"threads": threads[label]})
+        for label, config in plan.beside().items()
+    }
+    runs = list(jobs)
+    for name in plan.references:
+        rows = _rows(name, beside)
+        for (label, labels), seed in itertools.product(rows.items(), plan.seeds):
+            config = beside[labels[0]].with_overrides({"seed": seed})
+            file = path / "references" / f"{_slug(label)}-seed{seed}.json"
+            own = [r.path for r in runs if r.label in labels and r.config.seed == seed]
+            jobs.append(Job(label, config, file, name, tuple(own) if len(rows) > 1 else ()))
     return jobs
+
+
+def _rows(name: str, beside: Mapping[str, Config]) -> dict[str, list[str]]:
+    """Return the rows that a reference needs, with the labels of the runs that each belongs to.
+
+    A row's label is the reference's name, with the keys in which the rows differ.
+    """
+    flat = {
+        label: {k: v for k, v in flatten(config.to_dict()).items() if depends_on(name, k)}
+        for label, config in beside.items()
+    }
+    keys = dict.fromkeys(key for config in flat.values() for key in config)
+    differing = [k for k in keys if len({repr(config.get(k)) for config in flat.values()}) > 1]
+    rows: dict[str, list[str]] = {}
+    for label, config in flat.items():
+        said = (f"{key}={config.get(key, 'unset')}" for key in differing)
+        rows.setdefault(" ".join([name, *said]), []).append(label)
+    return rows
 
 
 def _slug(label: str) -> str:

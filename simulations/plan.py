@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import tomli_w
 
 from fedgraft.config import Config, flatten, read_toml
 from fedgraft.errors import ConfigError
-from simulations.references import NAMES
+from fedgraft.run_directory import PLAN_FILE
+from simulations.references import NAMES, is_tuned
 from strategies.registry import rule_names
 
-PLAN_FILE = "comparison.toml"
 _NOT_IN_GRID = {"seed": "--seeds", "strategy.name": "--strategies"}
 
 
@@ -66,11 +66,33 @@ class Plan:
         for strategy in self.strategies:
             settings = {"strategy.name": strategy, **flatten(own.get(strategy, {}))}
             base = Config.from_dict(common).with_overrides(settings)
-            for values in itertools.product(*self.grid.values()):
-                chosen = dict(zip(self.grid, values, strict=True))
-                label = " ".join([strategy, *(f"{k}={v}" for k, v in chosen.items())])
+            for label, chosen in self._labels(strategy):
                 found[label] = base.with_overrides(chosen)
         return found
+
+    def beside(self) -> dict[str, Config]:
+        """Return by a run's label the config of the reference rows that it is measured against.
+
+        That is the common config with the grid's values, and with what [compare.<strategy>] says
+        about data, federation, steps and rank; a learning rate of a strategy's own is its own.
+        """
+        common = self.config.to_dict()
+        own = common.pop("compare", {})
+        common.pop("strategy")
+        found: dict[str, Config] = {}
+        for strategy in self.strategies:
+            settings = flatten(own.get(strategy, {}))
+            kept = {key: value for key, value in settings.items() if not is_tuned(key)}
+            for label, chosen in self._labels(strategy):
+                merged = {k: v for k, v in (kept | chosen).items() if not k.startswith("strategy.")}
+                found[label] = Config.from_dict(common).with_overrides(merged)
+        return found
+
+    def _labels(self, strategy: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each of a strategy's labels with the grid's values."""
+        for values in itertools.product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            yield " ".join([strategy, *(f"{k}={v}" for k, v in chosen.items())]), chosen
 
     def _check_tables(self, own: Mapping[str, Any]) -> None:
         """Refuse a table of a strategy that is not installed; one that is not compared is fine."""

@@ -18,7 +18,53 @@ from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.tasks.task import Examples, Task
 from strategies.strategy import sample_size
 
-NAMES = ("base", "alone", "centralised")
+_BASE = ("task", "model", "evaluate.fraction", "evaluate.samples")
+_TRAINED = (
+    *_BASE,
+    "adapter.type",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.dropout",
+    "adapter.targets",
+    "federation.clients",
+    "federation.rounds",
+    "federation.partition",
+    "federation.concentration",
+    "federation.partition-column",
+    "train",
+)
+_DEPENDS_ON = {
+    "base": _BASE,
+    "alone": _TRAINED,
+    "centralised": (*_TRAINED, "federation.fraction"),
+}
+NAMES = tuple(_DEPENDS_ON)
+_TUNED = (
+    "adapter.type",
+    "adapter.alpha",
+    "adapter.dropout",
+    "train.lr",
+    "train.optimizer",
+    "train.optimizer-state",
+    "train.momentum",
+    "train.weight-decay",
+    "train.schedule",
+    "train.proximal-mu",
+    "train.grad-clip",
+    "train.micro-batch",
+)
+"""How a strategy trains best, and not what it has to train on, how long and with how many weights:
+set for one strategy, these make no reference row of its own."""
+
+
+def depends_on(name: str, key: str) -> bool:
+    """Whether a reference row depends on a config key, other than the seed."""
+    return any(key == known or key.startswith(f"{known}.") for known in _DEPENDS_ON[name])
+
+
+def is_tuned(key: str) -> bool:
+    """Whether a config key is a matter of taste that a strategy may have of its own."""
+    return key in _TUNED
 
 
 def reference(name: str, config: Config) -> dict[str, Any]:

@@ -11,12 +11,13 @@ Norms are Frobenius's; the whole adapter's are the roots of summed squares over 
 with its scaling. These figures need single updates, so they are the host's and exist only where it
 may see them.
 
-Cost. No matrix of size d_out x d_in is formed. All factors of a layer together are n = (K + 3) r
-columns, and those of what had joined the base before and after; up to n = 384 everything follows exactly from their two n x n Gram matrices, in
-2 n^2 (d_in + d_out) operations of float64. Above that (K = 46 clients at r = 8, 22 at r = 16) norms
-are taken behind a fixed random projection of d_in to 128 dimensions, in 256 K r (d_in + d_out)
-operations of float32 and memory free of K: exact for layers no wider than that, and else with a
-standard error of at most 6% (reached when all of the matrix is one direction).
+Cost. No matrix of size d_out x d_in is formed. All factors of a layer together are n columns:
+(K + 3) r, and those of what stood beside the base before and after. Up to n = 384 everything
+follows exactly from their two n x n Gram matrices, in 2 n^2 (d_in + d_out) operations of float64.
+Above that (K = 46 clients at r = 8, 22 at r = 16) norms are taken behind a fixed random projection
+of d_in to 128 dimensions, in 256 K r (d_in + d_out) operations of float32 and memory free of K:
+exact for layers no wider than that, and else with a standard error of at most 6% (reached when all
+of the matrix is one direction).
 """
 
 from __future__ import annotations

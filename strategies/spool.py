@@ -278,12 +278,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _read_tensor(file: FileIO, stored: _Stored) -> Tensor:
     if stored.shape.numel() == 0:
         return torch.empty(stored.shape, dtype=stored.dtype)
-    buffer = bytearray(stored.shape.numel() * stored.dtype.itemsize)
-    rest = memoryview(buffer)
+    # torch's own memory is aligned, and where a matrix lies may decide the last bit of its products
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    rest = _bytes_of(tensor)
     file.seek(stored.offset)
     while rest:
         count = file.readinto(rest)
         if not count:
             raise OSError("a file ends before its last tensor")
         rest = rest[count:]
-    return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
+    return tensor

@@ -14,7 +14,7 @@ import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -242,6 +242,10 @@ class CausalLM(RowsTask):
         if template.source == ALPACA_WITH_INPUT and not row["input"].strip():
             template = Template.parse(ALPACA)
         return template.fill(row)
+
+    def preparation(self) -> tuple[Any, ...]:
+        """Return the base's tokenizer."""
+        return (self._tokenizer,)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -124,6 +124,10 @@ class ImageClassification(Classification):
             )
         return bool(channels == 1)
 
+    def preparation(self) -> tuple[Any, ...]:
+        """Return the base's image processor, where it brings one."""
+        return () if self._processor is None else (self._processor,)
+
     @cached_property
     def _processor(self) -> Any:
         processor = load_image_processor(self.config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -111,6 +111,13 @@ class Task(ABC):
 
         The caller has put the model in eval mode and switched gradients off.
         """
+
+    def preparation(self) -> tuple[Any, ...]:
+        """Return what prepares the base's inputs and is saved beside a merged model.
+
+        Each has transformers' `save_pretrained`: a tokenizer, an image processor.
+        """
+        return ()
 
     def describe(self, client: int) -> str:
         """Say in a few words what one client's data is, for reports ("rotated +45")."""

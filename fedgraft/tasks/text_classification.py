@@ -84,6 +84,10 @@ class TextClassification(Classification):
             settings.pad_token_id = pad_id(self._tokenizer)
         return model
 
+    def preparation(self) -> tuple[Any, ...]:
+        """Return the base's tokenizer."""
+        return (self._tokenizer,)
+
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.config)

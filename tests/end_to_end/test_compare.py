@@ -7,10 +7,12 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from command_line import (
+    SMALL,
     call,
     checkpoint,
     events,
@@ -23,6 +25,8 @@ from command_line import (
 
 from fedgraft.config import Config
 from fedgraft.run_directory import RunDirectory
+from server.statistics import references_by_strategy
+from simulations.compare import _jobs
 from simulations.plan import Plan
 
 WANTED = [
@@ -124,6 +128,88 @@ def test_overrides_may_be_nested_or_dotted_and_a_grid_multiplies() -> None:
         "lora-fair adapter.rank=2": (0.2, 2),
         "lora-fair adapter.rank=4": (0.2, 4),
     }
+
+
+def rows(config: dict[str, Any], grid: dict[str, Any], name: str) -> dict[str, list[str]]:
+    """Return a comparison's reference rows of a name, with the runs that each belongs to."""
+    plan = Plan(Config().with_overrides(config), ("fedavg", "ffa-lora"), (0, 1), grid)
+    jobs = [job for job in _jobs(plan, Path("c")) if job.reference == name]
+    assert len({job.path for job in jobs}) == len(jobs) and len(jobs) % 2 == 0
+    return {job.label: [path.name for path in job.runs] for job in jobs if job.config.seed == 0}
+
+
+def test_one_reference_row_serves_all_that_differ_only_in_how_they_train() -> None:
+    own = {"compare.ffa-lora.train.lr": 0.016, "compare.ffa-lora.adapter.alpha": 8.0}
+    grid = {"strategy.server-optimizer": ["none", "avgm"], "federation.min-clients": [1, 2]}
+    own |= {"compare.ffa-lora.strategy.server-lr": 0.5, "compare.fedavg.evaluate.every": 2}
+    for name in ("base", "alone", "centralised"):
+        assert rows({**SMALL, **own}, grid, name) == {name: []}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "which"),
+    [
+        ("adapter.rank", (2, 4), {"alone", "centralised"}),
+        ("train.lr", (0.004, 0.008), {"alone", "centralised"}),
+        ("train.batch-size", (5, 8), {"alone", "centralised"}),
+        ("federation.rounds", (1, 2), {"alone", "centralised"}),
+        ("federation.clients", (2, 3), {"alone", "centralised"}),
+        ("federation.fraction", (0.5, 1.0), {"centralised"}),
+        ("evaluate.fraction", (0.1, 0.2), {"base", "alone", "centralised"}),
+    ],
+)
+def test_a_grid_has_reference_rows_of_its_own(
+    key: str, values: tuple[Any, Any], which: set[str]
+) -> None:
+    for name in ("base", "alone", "centralised"):
+        found = rows(SMALL, {key: list(values)}, name)
+        if name not in which:
+            assert found == {name: []}
+            continue
+        slug = [f"{key}-{value}" for value in values]
+        assert found == {
+            f"{name} {key}={value}": [f"fedavg-{s}-seed0", f"ffa-lora-{s}-seed0"]
+            for value, s in zip(values, slug, strict=True)
+        }
+
+
+def test_what_one_strategy_trains_on_makes_a_row_of_its_own() -> None:
+    own = {"compare.ffa-lora.federation.rounds": 5, "compare.ffa-lora.train.lr": 0.016}
+    plan = Plan(Config().with_overrides({**SMALL, **own}), ("fedavg", "ffa-lora"), (0,))
+    jobs = {job.label: job for job in _jobs(plan, Path("c")) if job.reference}
+    first, second = "centralised federation.rounds=6", "centralised federation.rounds=5"
+    alone = ["alone federation.rounds=6", "alone federation.rounds=5"]
+    assert list(jobs) == ["base", *alone, first, second]
+    assert [path.name for path in jobs[second].runs] == ["ffa-lora-seed0"]
+    # The learning rate is FFA-LoRA's own and not the pooled data's.
+    assert (jobs[second].config.federation.rounds, jobs[second].config.train.lr) == (5, 8e-3)
+    assert jobs[first].config.federation.rounds == 6
+
+
+@pytest.mark.slow
+def test_runs_of_a_grid_are_measured_against_their_own_rows(tmp_path: Path) -> None:
+    """Twelve times the rounds: both rows are what a comparison of that alone computes."""
+    small = settings(federation__clients=2)
+    one = ("compare", "--strategies", "fedavg", "--seeds", "0", *small)
+    done = call(*one, "--grid", "federation.rounds=1,12", "--out", tmp_path / "grid")
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "grid" / "comparison.json").read_text())
+    by_label = {row.get("label", row["name"]): row for row in found["references"]}
+    assert len(found["references"]) == len(by_label) == 5
+    own = references_by_strategy(found, "centralised")
+    for rounds in (1, 12):
+        alone = tmp_path / str(rounds)
+        done = call(*one, "--set", f"federation.rounds={rounds}", "--out", alone)
+        assert done.status == 0, done.err
+        wanted = json.loads((alone / "comparison.json").read_text())["references"]
+        assert not any("runs" in row for row in wanted)
+        for row in wanted:
+            label = row["name"]
+            label += "" if label == "base" else f" federation.rounds={rounds}"
+            mine = by_label[label]
+            assert row == {k: v for k, v in mine.items() if k not in ("label", "runs")}
+        assert own[f"fedavg federation.rounds={rounds}"] == {0: wanted[2]["final"]}
+    assert len({own[label][0] for label in own}) == 2
 
 
 @pytest.mark.parametrize(

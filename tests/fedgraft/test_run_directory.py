@@ -45,7 +45,7 @@ def test_a_directory_that_holds_a_run_is_not_written_over(run: RunDirectory):
 
 def test_other_things_are_not_written_over(tmp_path: Path):
     (tmp_path / "comparison.toml").write_text("")
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already holds a comparison"):
         RunDirectory.check_free(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
@@ -137,3 +137,11 @@ def test_a_full_disk(full_disk: Path):
     with pytest.raises(RunError, match=r"the disk is full: .*rounds\.jsonl"):
         run.append_round({"round": 0, "note": "x" * 2_000_000})
     assert run.config() == CONFIG
+
+
+def test_a_comparison_is_not_taken_for_a_run(tmp_path: Path):
+    (tmp_path / "comparison.toml").write_text("")
+    with pytest.raises(ConfigError, match="holds a comparison, not a run") as caught:
+        RunDirectory.open(tmp_path)
+    assert f"fedgraft compare --resume {tmp_path};" in caught.value.remedy
+    assert f"{tmp_path}/runs/*" in caught.value.remedy

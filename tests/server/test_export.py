@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from tiny_models import save_bert, save_vit
 
 from fedgraft.adapter import Adapter
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, ModelError, RunError
+from fedgraft.errors import ConfigError, DiskFullError, ModelError, RunError
 from fedgraft.files import write_tensors
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
@@ -174,6 +176,108 @@ def test_a_base_without_save_pretrained_cannot_be_merged(
     monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *_: Merged())
     with pytest.raises(ModelError, match="a object cannot be saved as a model folder"):
         export_merged(run, tmp_path / "merged")
+
+
+def test_a_card_of_a_run_that_had_an_adapter_to_start_from_says_so(
+    tiny: Config, model: ResidentModel
+):
+    config = tiny.with_overrides({"adapter.from": "runs/first/adapter"})
+    card = adapter_card(config, model.base_hash, "lineage-8", SUMMARY)
+    assert "| test accuracy, at the start (the adapter in `runs/first/adapter`) | 0.4123 |" in card
+    assert "| lineage | `lineage-8`, started from the adapter in `runs/first/adapter` |" in card
+    assert "untouched" not in card
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["an-empty-folder", "a-new-one"])
+@pytest.mark.parametrize("export", [export_adapter, export_merged])
+def test_a_full_disk_is_said_and_nothing_half_written_is_left(
+    export: Any, there: bool, run: RunDirectory, full_disk: Path
+):
+    to = full_disk / "to"
+    (full_disk / "ballast").unlink()
+    to.mkdir()
+    with (full_disk / "ballast").open("wb") as file:  # 60 KiB are left: for small files
+        file.write(bytes((1 << 20) - (64 << 10)))
+    if not there:
+        to.rmdir()
+    with pytest.raises(DiskFullError, match=f"the disk is full: {to}") as caught:
+        export(run, to)
+    assert caught.value.exit_status == 1 and "Free some space" in caught.value.remedy
+    assert list(to.iterdir()) == [] if there else not to.exists()
+    (full_disk / "ballast").unlink()
+    export(run, to)
+    assert (to / "README.md").exists() or (to / "model.safetensors").exists()
+
+
+def test_a_target_that_refuses_the_write_is_named(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What safetensors writes itself comes as an error of its own."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: Read-only file system (os error 30)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", refused)
+    with pytest.raises(RunError, match=r"merged could not be written: .*Read-only") as caught:
+        export_merged(run, tmp_path / "merged")
+    assert not isinstance(caught.value, DiskFullError) and not (tmp_path / "merged").exists()
+
+
+def test_a_merged_model_takes_its_tokenizer_along_and_is_quiet(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = save_bert(tmp_path / "bert")
+    (tmp_path / "reviews.csv").write_text(
+        "text,label\n"
+        + "".join(f"a {'good' if k % 2 else 'bad'} film,{k % 2}\n" for k in range(40))
+    )
+    config = Config().with_overrides(
+        {
+            "task.name": "text-classification",
+            "task.data": str(tmp_path / "reviews.csv"),
+            "model.base": str(base),
+            "federation.clients": 2,
+        }
+    )
+    own = ResidentModel(resident_task(config), config)
+    directory = RunDirectory.create(tmp_path / "run", config, "lineage-9")
+    write_adapter(directory.adapter, own.initial_adapter(0), own, "card")
+    capfd.readouterr()
+    export_merged(directory, tmp_path / "merged")
+    assert capfd.readouterr() == ("", "")
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (base, tmp_path / "merged")]
+    text = "a very good film"
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged(**tokenizers[1](text, return_tensors="pt")).logits.shape == (1, 2)
+
+
+def test_a_merged_model_takes_its_image_processor_along(tmp_path: Path):
+    from PIL import Image
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    base = save_vit(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.2] * 3).save_pretrained(base)
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for k in range(12):
+            colour = (20 * k, 10 * k, 100)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "images" / label / f"{k}.png")
+    config = Config().with_overrides(
+        {
+            "task.name": "image-classification",
+            "task.data": str(tmp_path / "images"),
+            "model.base": str(base),
+            "federation.clients": 2,
+        }
+    )
+    own = ResidentModel(resident_task(config), config)
+    directory = RunDirectory.create(tmp_path / "run", config, "lineage-9")
+    write_adapter(directory.adapter, own.initial_adapter(0), own, "card")
+    export_merged(directory, tmp_path / "merged")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "merged").image_mean[0] == 0.2
 
 
 # In

@@ -11,6 +11,9 @@ from synthetic_runs import write_comparison, write_run
 
 from fedgraft.errors import ConfigError
 from server.results import read_results
+from server.statistics import references_by_strategy
+from server.table import strategy_rows
+from server.units import NOTHING
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -58,17 +61,40 @@ def test_runs_and_comparisons_together(tmp_path: Path) -> None:
     assert results.command.splitlines()[-1] == "fedgraft simulate two/config.toml --out again"
 
 
-def test_disputed_reference_rows_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folders", [("c", "d"), ("one/c", "other/c")])
+def test_each_run_is_measured_against_its_own_comparisons_rows(
+    folders: tuple[str, str], tmp_path: Path
+) -> None:
+    for name, strategy in zip(folders, ("fedavg", "flora"), strict=True):
+        write_comparison(tmp_path / name, strategies=(strategy,), rounds=1)
+    write_run(tmp_path / "lone", strategy="krum", rounds=1)
+    file = tmp_path / folders[1] / "comparison.json"
+    listing = json.loads(file.read_text())
+    for row in listing["references"]:
+        row["final"] += 0.01 * (row["name"] == "centralised")
+    file.write_text(json.dumps(listing))
+    results = read_results([tmp_path / name for name in (*folders, "lone")])
+    labels = dict.fromkeys(row["label"] for row in results.comparison["references"])
+    called = [name if "/" not in name else str(tmp_path / name) for name in folders]
+    assert set(labels) == {"base", "alone", *(f"centralised ({name})" for name in called)}
+    own = references_by_strategy(results.comparison, "centralised")
+    assert own["fedavg"] == pytest.approx({s: 0.79 + 0.005 * s for s in range(3)})
+    assert own["flora"] == pytest.approx({s: 0.80 + 0.005 * s for s in range(3)})
+    # What belongs to no comparison is measured against none.
+    assert own["krum"] == {} == references_by_strategy(results.comparison, "base")["krum"]
+    assert "each run is measured against its own" in results.notes[0]
+    rows = {row.label: row for row in strategy_rows(results.comparison)}
+    assert (rows["krum"].gain, rows["krum"].short) == (NOTHING, NOTHING)
+    assert NOTHING not in (rows["flora"].gain, rows["flora"].short)
+
+
+def test_equal_reference_rows_of_two_comparisons_are_one(tmp_path: Path) -> None:
     for name, strategy in (("c", "fedavg"), ("d", "flora")):
         write_comparison(tmp_path / name, strategies=(strategy,), rounds=1)
-    file = tmp_path / "d" / "comparison.json"
-    listing = json.loads(file.read_text())
-    listing["references"][2]["final"] += 0.01
-    file.write_text(json.dumps(listing))
     results = read_results([tmp_path / "c", tmp_path / "d"])
-    names = {reference["name"] for reference in results.comparison["references"]}
-    assert names == {"base", "alone"}
-    assert "disagree on the reference rows centralised" in results.notes[0]
+    rows = results.comparison["references"]
+    assert results.notes == () and len(rows) == 9
+    assert all(len(row["runs"]) == 6 for row in rows)
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

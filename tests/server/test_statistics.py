@@ -18,6 +18,7 @@ from server.statistics import (
     paired_differences,
     paired_interval,
     reference_finals,
+    references_by_strategy,
     seeds_needed,
 )
 
@@ -187,6 +188,38 @@ def test_starts_stand_in_for_a_base_row() -> None:
     rows = [{"name": n, "seed": 0, "final": 0.3} for n in ("centralised", "alone", "base")]
     comparison = build_comparison(runs(a=[0.5, 0.7]), rows)
     assert list(reference_finals(comparison)) == ["base", "alone", "centralised"]
+
+
+def test_a_run_is_measured_against_the_row_that_belongs_to_it() -> None:
+    """By hand: rank 2 and rank 4 have a row each; "c" has none."""
+    summaries = [
+        summary(name, 0, final) | {"directory": f"runs/{name}"}
+        for name, final in (("a", 0.5), ("b", 0.6), ("c", 0.7))
+    ]
+    rows = [
+        {"name": "centralised", "seed": 0, "final": final}
+        | {"label": f"centralised adapter.rank={rank}", "runs": [f"runs/{name}"]}
+        for name, rank, final in (("a", 2, 0.8), ("b", 4, 0.9))
+    ]
+    comparison = build_comparison(summaries, [*rows, {"name": "base", "seed": 0, "final": 0.4}])
+    assert references_by_strategy(comparison, "centralised") == {
+        "a": {0: 0.8},
+        "b": {0: 0.9},
+        "c": {},
+    }
+    assert references_by_strategy(comparison, "base") == {name: {0: 0.4} for name in "abc"}
+    assert reference_finals(comparison) == {
+        "base": {0: 0.4},
+        "centralised adapter.rank=2": {0: 0.8},
+        "centralised adapter.rank=4": {0: 0.9},
+    }
+
+
+def test_starts_that_differ_are_no_row_and_each_runs_own() -> None:
+    summaries = [summary("a", 0, 0.5, initial=0.4), summary("b", 0, 0.5, initial=0.3)]
+    comparison = build_comparison(summaries, [])
+    assert reference_finals(comparison) == {}
+    assert references_by_strategy(comparison, "base") == {"a": {0: 0.4}, "b": {0: 0.3}}
 
 
 def test_rows_are_plain_numbers() -> None:
