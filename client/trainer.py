@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from client.latent import Latent
 from client.optimizers import make_optimizer, optimizer_tensors, rate_of, restore_optimizer
-from fedgraft.adapter import Adapter, Tensors, parse_factor
+from fedgraft.adapter import Adapter, Tensors, pad_rank, parse_factor
 from fedgraft.config import TrainConfig
-from fedgraft.errors import RunError
+from fedgraft.errors import DIVERGED, RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.schedule import learning_rate
 from fedgraft.seeds import forked_torch, stream, torch_seed
@@ -103,15 +103,14 @@ def train(
     parameters = _trained(model, work.how)
     began = time.perf_counter()
     with _only_trainable(model, parameters):
-        loop = _Loop(model, task, examples, work, parameters, optimizer_state)
+        loop = _Loop(model, task, examples, work, parameters, optimizer_state, ranks_of(begin))
         dropout_seed = torch_seed(work.seed, "dropout", round=work.round, client=work.client)
         with forked_torch(dropout_seed, model.device):
             loss = loop.run()
     seconds = time.perf_counter() - began
     after = model.read()
-    ranks = ranks_of(begin)
     return LocalResult(
-        {name: cut_factor(name, after[name], ranks.get(name)) for name in parameters},
+        {name: cut_factor(name, after[name], loop.ranks.get(name)) for name in parameters},
         rate=loop.rate,
         cores=loop.latent.cores(),
         loss=loss,
@@ -140,6 +139,7 @@ class _Loop:
         steps: how many.
         rate: the learning rates of the steps so far, added up.
         latent: what trains in place of parameters that lie behind a basis.
+        ranks: the client's own rank by factor, which the model's may be padded from.
     """
 
     def __init__(
@@ -150,7 +150,9 @@ class _Loop:
         work: Assignment,
         parameters: Mapping[str, nn.Parameter],
         optimizer_state: Tensors | None,
+        ranks: dict[str, int],
     ) -> None:
+        self.ranks = ranks
         self.model, self.task, self.examples, self.work = model, task, examples, work
         self.parameters = parameters
         self.settings = work.settings
@@ -165,7 +167,7 @@ class _Loop:
             restore_optimizer(self.optimizer, self.latent.leaves, optimizer_state)
         self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.masks = {
-            name: mask.to(parameters[name].device, torch.bool)
+            name: _as_large(mask.to(parameters[name].device, torch.bool), parameters[name])
             for name, mask in work.how.masks.items()
             if name in parameters
         }
@@ -192,7 +194,7 @@ class _Loop:
         loss = float(total) / self.steps
         if not np.isfinite(loss):
             raise RunError(
-                f"training diverged in round {work.round}: the loss is {loss}",
+                f"{DIVERGED} in round {work.round}: the loss is {loss}",
                 f"Lower train.lr (now {settings.lr}) or set train.grad-clip.",
             )
         return loss
@@ -206,7 +208,8 @@ class _Loop:
             for name, parameter in self.parameters.items():
                 _add_proximal(parameter, self.start[name], settings.proximal_mu)
         if how.penalty is not None:
-            how.penalty(self.parameters).backward()  # type: ignore[no-untyped-call]
+            own = {n: cut_factor(n, p, self.ranks.get(n)) for n, p in self.parameters.items()}
+            how.penalty(own).backward()  # type: ignore[no-untyped-call]
         for name, mask in self.masks.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
@@ -260,6 +263,14 @@ def batch_indices(examples: int, batch_size: int, rng: np.random.Generator) -> I
             pool = np.concatenate([pool, rng.permutation(examples)])
         yield pool[:size]
         pool = pool[size:]
+
+
+def _as_large(mask: Tensor, parameter: Tensor) -> Tensor:
+    """Return a mask of a client's own rank in the shape of the model's padded factor."""
+    for axis in range(mask.ndim):
+        if mask.shape[axis] < parameter.shape[axis]:
+            mask = pad_rank(mask, parameter.shape[axis], axis)
+    return mask
 
 
 def _add_proximal(parameter: nn.Parameter, anchor: Tensor, mu: float) -> None:

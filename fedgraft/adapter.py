@@ -238,12 +238,13 @@ def from_arrays(arrays: ArrayRecord) -> Tensors:
     tensors: Tensors = {}
     for name, array in arrays.items():
         try:
+            values: np.ndarray
             if array.stype == _SPARSE:
-                tensors[name] = torch.from_numpy(sparse.load(array.data, tuple(array.shape))).clone()
-                continue
-            if array.stype != _NUMPY:
+                values = sparse.load(array.data, tuple(array.shape))
+            elif array.stype == _NUMPY:
+                values = npy.load(array.data)
+            else:
                 raise TypeError(f"it is serialised as {array.stype!r}, not {_NUMPY!r}")
-            values = npy.load(array.data)
             native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
             # torch's own memory, since products of matrices that lie elsewhere may differ in bits
             tensors[name] = torch.from_numpy(native).clone()

@@ -7,6 +7,9 @@ exits with `exit_status`; anything else is a bug and keeps its traceback in the 
 
 from __future__ import annotations
 
+DIVERGED = "training diverged"
+"""How the reason begins of a client whose loss is no number any more."""
+
 
 class FedGraftError(Exception):
     """A run that failed for a reason its user can act on.

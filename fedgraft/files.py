@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            # cloned into aligned memory: where a matrix lies may decide the last bit of its products
+            # cloned into aligned memory: where a matrix lies may decide its products' last bits
             tensors: dict[str, torch.Tensor] = {
                 name: file.get_tensor(name).clone()
                 for name in file.keys()  # noqa: SIM118

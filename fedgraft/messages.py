@@ -20,7 +20,7 @@ RESIDUAL, RULE, CONSTANT = "residual/", "rule/", "constant/"
 """Prefixes of the companions: what has joined the base, what the rule sends, and sends but once."""
 _LARGEST_METRIC = 1e15
 """A metric beyond it is nonsense, and sums of them could overflow."""
-_LONGEST_NAME = 100
+_LONGEST_NAME, _LONGEST_DESCRIPTION = 100, 200
 WEIGHT = "num-examples"
 HELLO = "query.hello"
 _Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
@@ -180,7 +180,7 @@ class Hello:
 
     @classmethod
     def decode(cls, content: RecordDict) -> Hello:
-        """Read an answer.
+        """Read an answer. A description is untrusted text: it is cut, and made printable.
 
         Raises:
             UpdateError: it has no name, or one that no screen could show.
@@ -191,8 +191,11 @@ class Hello:
             raise UpdateError("the node answered without a client name")
         if len(name) > _LONGEST_NAME or not name.isprintable():
             raise UpdateError(f"the node calls itself {name[:_LONGEST_NAME]!r}")
-        memory = int(_number(config, "memory", 0))
-        return cls(name, str(config.get("description", "")), max(0, memory))
+        memory = _number(config, "memory", 0)
+        memory = int(memory) if 0 < memory < _LARGEST_METRIC else 0
+        words = str(config.get("description", ""))[:_LONGEST_DESCRIPTION]
+        shown = "".join(c if c.isprintable() else " " for c in words)
+        return cls(name, shown, memory)
 
 
 def _records(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:

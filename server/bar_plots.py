@@ -20,6 +20,8 @@ from server.units import Unit, clip
 
 MOST_BARS = 48
 """More bars than these are not drawn: the worst clients are, and the caption says so."""
+MOST_ROOMY = 8
+"""More intervals than these stand closely, the best first, with their names beside them."""
 
 
 def differences(results: Results) -> Plot | None:
@@ -32,16 +34,28 @@ def differences(results: Results) -> Plot | None:
     drawn = [label for label in others if intervals[label] is not None]
     if not drawn:
         return None
-    title = f"Difference from {clip(first, 32)}"
+    title = f"Difference from {clip(results.names[first], 32)}"
     better = "right" if results.direction == "max" else "left"
+    close = len(drawn) > MOST_ROOMY
+    names = {label: clip(results.names[label], 28 if close else 40) for label in drawn}
+    if close:
+        sign = -1.0 if results.direction == "max" else 1.0
+        drawn.sort(key=lambda label: sign * sum(pairs[label]) / len(pairs[label]))
     with plain_style():
-        sheet = Sheet(title, [], height=0.56 * len(drawn) + 0.16, left=0.22, right=0.22)
+        step, left = 0.56, 0.22
+        if close:
+            step, left = 0.22, 0.25 + 0.076 * max(len(name) for name in names.values())
+        sheet = Sheet(title, [], height=step * len(drawn) + 0.16, left=left, right=0.22)
         axes = sheet.axes()
         axes.axvline(0, color=INK, lw=1.1, zorder=1.5)
         for row, label in enumerate(drawn):
-            _draw_interval(axes, row, label, results, pairs[label])
+            _draw_interval(axes, row, label, results, pairs[label], close)
+            if not close:
+                _name_interval(axes, row, label, results, names[label])
         axes.set(ylim=(len(drawn) - 0.42, -0.58))
-        axes.set_yticks([])
+        beside = [names[label] for label in drawn] if close else []
+        axes.set_yticks(range(len(beside)), beside)
+        axes.tick_params(axis="y", left=False, labelcolor=INK)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -60,28 +74,36 @@ def differences(results: Results) -> Plot | None:
     )
 
 
-def _draw_interval(axes: Axes, row: int, label: str, results: Results, pairs: list[float]) -> None:
+def _draw_interval(
+    axes: Axes, row: int, label: str, results: Results, pairs: list[float], close: bool
+) -> None:
     unit = results.unit
     interval = paired_interval(pairs)
     assert interval is not None
-    index = results.labels.index(label)
+    place = results.place(label)
+    paint = QUIET if place is None else colour(place)
     low, middle, high = (x * unit.scale for x in (interval.low, interval.difference, interval.high))
-    axes.plot([low, high], [row, row], color=colour(index), lw=2.6, zorder=2)
+    axes.plot([low, high], [row, row], color=paint, lw=2.6, zorder=2)
     axes.plot(
         [x * unit.scale for x in pairs],
         [row] * len(pairs),
         "o",
-        ms=5,
+        ms=3 if close else 5,
         mfc="white",
-        mec=colour(index),
-        mew=1.1,
+        mec=paint,
+        mew=0.9 if close else 1.1,
         zorder=3,
     )
-    axes.plot([middle], [row], look(index)["marker"], ms=7.5, color=colour(index), zorder=4)
+    marker = look(place).get("marker", "o")
+    axes.plot([middle], [row], marker, ms=5 if close else 7.5, color=paint, zorder=4)
+
+
+def _name_interval(axes: Axes, row: int, label: str, results: Results, name: str) -> None:
+    """Write a strategy's name and its numbers above its interval."""
     axes.text(
         0.0,
         row - 0.30,
-        f"{clip(label, 40)}   {_in_words(label, results)}",
+        f"{name}   {_in_words(label, results)}",
         transform=axes.get_yaxis_transform(),
         va="center",
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
@@ -100,7 +122,8 @@ def clients(results: Results) -> Plot | None:
     """Draw each client's validation metric at the chosen round, the worst client first."""
     unit = results.unit
     found = {
-        label: clients_at_chosen_round(results.of(label), unit.metric) for label in results.labels
+        label: clients_at_chosen_round(results.of(label), unit.metric)
+        for label in results.highlighted
     }
     found = {label: by_client for label, by_client in found.items() if by_client}
     if not found:
@@ -114,7 +137,7 @@ def clients(results: Results) -> Plot | None:
     step = thick * len(labels) + 0.15
     with plain_style():
         keys: list[tuple[Artist, str]] = [
-            (Patch(**bar(results.labels.index(label))), clip(label, 40)) for label in labels
+            (Patch(**bar(results.place(label))), clip(results.names[label], 40)) for label in labels
         ]
         keys.append(
             (Line2D([], [], color=INK, ls="", marker="|", ms=9, mew=1.6), "untouched start")
@@ -137,7 +160,7 @@ def clients(results: Results) -> Plot | None:
                         axes,
                         y,
                         by_client[client],
-                        bar(results.labels.index(label)),
+                        bar(results.place(label)),
                         unit,
                         thick,
                         client == worst,
@@ -156,12 +179,18 @@ def clients(results: Results) -> Plot | None:
         "The chosen adapter on validation examples like each client's own, worst client at the "
         "top; bold: the strategy's worst."
         + (" Thin lines: lowest to highest seed." if several else "")
-        + (f" The {left_out} better clients are left out." if left_out else ""),
+        + (f" The {left_out} better clients are left out." if left_out else "")
+        + _others(results),
         f"Bar chart of validation {unit.name} by client. Worst clients: "
         + "; ".join(_worst_in_words(label, found[label], results) for label in labels)
         + ".",
         png,
     )
+
+
+def _others(results: Results) -> str:
+    others = len(results.labels) - len(results.highlighted)
+    return f" Of {others} more strategies see the table." if others else ""
 
 
 def _draw_bar(

@@ -7,6 +7,7 @@ split, so they stand in a narrow panel of their own, on the same vertical axis.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -32,6 +33,8 @@ from server.series import Curve, bias_by_round, is_exact, metric_by_bytes, metri
 from server.statistics import finals, mean_and_sd, reference_finals, reference_label
 from server.units import MEGABYTE, MINUS, Unit, clip
 
+_NEXT_TO_NOTHING = 1e-4
+"""A bias below this share of the largest one in the plot is not drawn."""
 _LOG_FROM = 20.0
 """A loss whose largest value is so many times its smallest is drawn on a logarithmic axis."""
 
@@ -49,7 +52,7 @@ def metric_against_rounds(results: Results) -> Plot | None:
         width = WIDTH - sheet.left - right
         main = sheet.axes(0.0, width - panel - 0.07)
         test = sheet.axes(width - panel, width, sharey=main)
-        _draw_curves(main, curves, unit)
+        _draw_curves(main, curves, results)
         main.set(xlabel="round (validation split)", ylabel=unit.axis)
         main.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _draw_test_panel(test, results)
@@ -86,7 +89,7 @@ def metric_against_bytes(results: Results) -> Plot | None:
     with plain_style():
         sheet = Sheet(title, _keys(results), height=2.75)
         axes = sheet.axes()
-        _draw_curves(axes, scaled, unit)
+        _draw_curves(axes, scaled, results)
         _scale(axes, unit)
         axes.set(xlabel=f"{name} sent, up and down, all clients", ylabel=unit.axis)
         axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -110,76 +113,90 @@ def aggregation_bias(results: Results) -> Plot | None:
     drawn = [label for label in known if label not in exact]
     if not drawn:
         return None
+    removed = {label: bias_by_round(results.of(label), "removed") for label in drawn}
+    removed = {label: curve for label, curve in removed.items() if _removes(curve)}
+    largest = max(float(np.nanmax(curve.mean)) for curve in (*before.values(), *after.values()))
     title = "Aggregation bias by round"
+    low = 1.35 if removed else 0.0
     with plain_style():
-        sheet = Sheet(title, _bias_keys(results, known, exact), height=2.75, left=0.74)
-        axes = sheet.axes()
+        keys = _bias_keys(results, known, exact)
+        sheet = Sheet(title, keys, height=2.75 + low, left=0.74)
+        axes = sheet.axes(floor=low)
         for label in drawn:
-            index = results.labels.index(label)
-            style = look(index) | {"linestyle": "-"}
+            place = results.place(label)
             every = max(1, len(after[label].x) // 8)
-            axes.plot(
-                before[label].x, _positive(before[label].mean), ":", color=colour(index), lw=1.6
-            )
-            axes.plot(
-                after[label].x,
-                _positive(after[label].mean),
-                markevery=every,
-                markersize=4,
-                lw=1.6,
-                **style,  # type: ignore[arg-type]
-            )
-        axes.set(yscale="log", xlabel="round", ylabel="relative bias")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if place is not None:
+                values = _visible(before[label].mean, largest)
+                axes.plot(before[label].x, values, ":", color=colour(place), lw=1.6)
+            style = {"linewidth": 1.6, **look(place)}
+            values = _visible(after[label].mean, largest)
+            axes.plot(after[label].x, values, markevery=every, **style)
+        axes.set(yscale="log", ylabel="relative bias")
         plain_log(axes.yaxis, axes.dataLim.y0, axes.dataLim.y1)
+        lowest = axes
+        if removed:
+            lowest = sheet.axes(top=low - 0.2, sharex=axes)
+            _draw_removed(lowest, removed, results)
+            axes.tick_params(labelbottom=False)
+        lowest.set_xlabel("round")
+        lowest.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         png = sheet.png()
     return Plot(
         "aggregation-bias",
         title,
         "How far the aggregated product BA is from ΔW, the mean of the clients' own products: "
         f"‖ΔW {MINUS} BA‖ / ‖ΔW‖; where the dotted line hides behind the solid one the rule "
-        f"corrects nothing.{_repairable(results, drawn)}",
+        f"corrects nothing.{_removed_in_words(removed, results)}{_repairable(results, drawn)}",
         "Line chart of relative aggregation bias by round on a logarithmic axis. "
         + " ".join(_bias_in_words(label, after[label]) for label in drawn)
+        + _removed_in_words(removed, results)
         + (f" Exact: {', '.join(exact)}." if exact else ""),
         png,
     )
 
 
-def _keys(results: Results) -> list[tuple[Artist, str]]:
-    return [(key_of(i), clip(label, 40)) for i, label in enumerate(results.labels)]
+def _keys(
+    results: Results, labels: list[str] | None = None, exact: Sequence[str] = ()
+) -> list[tuple[Artist, str]]:
+    """Return a legend: the strategies that have a colour, and how many others there are."""
+    labels = results.labels if labels is None else labels
+    coloured = [label for label in labels if results.place(label) is not None]
+    keys: list[tuple[Artist, str]] = []
+    for label in coloured:
+        text = clip(results.names[label], 40)
+        keys.append(
+            (key_of(results.place(label)), f"{text} (exact: none)" if label in exact else text)
+        )
+    if others := len([x for x in labels if x not in exact]) - len(set(coloured) - set(exact)):
+        keys.append((key_of(None), f"{others} others"))
+    return keys
 
 
 def _bias_keys(results: Results, known: list[str], exact: list[str]) -> list[tuple[Artist, str]]:
-    keys: list[tuple[Artist, str]] = [
-        (key, f"{text} (exact: none)" if label in exact else text)
-        for label, (key, text) in zip(results.labels, _keys(results), strict=True)
-        if label in known
-    ]
     return [
-        *keys,
+        *_keys(results, known, exact),
         (Line2D([], [], color=QUIET, linestyle=":", linewidth=1.6), "before: plain means"),
         (Line2D([], [], color=QUIET, linewidth=1.6), "after the rule"),
     ]
 
 
-def _draw_curves(axes: Axes, curves: dict[str, Curve], unit: Unit) -> None:
-    for index, curve in enumerate(curves.values()):
-        style = look(index)
+def _draw_curves(axes: Axes, curves: dict[str, Curve], results: Results) -> None:
+    scale = results.unit.scale
+    for label, curve in curves.items():
+        place = results.place(label)
         axes.plot(
             curve.x,
-            curve.mean * unit.scale,
+            curve.mean * scale,
             markevery=max(1, len(curve.x) // 8),
-            markersize=4,
-            zorder=3,
-            **style,  # type: ignore[arg-type]
+            zorder=2.5 if place is None else 3,
+            **look(place),
         )
-        if curve.seeds > 1:
+        if curve.seeds > 1 and place is not None:
             axes.fill_between(
                 curve.x,
-                curve.low * unit.scale,
-                curve.high * unit.scale,
-                color=style["color"],
+                curve.low * scale,
+                curve.high * scale,
+                color=colour(place),
                 alpha=0.14 if len(curves) <= 4 else 0.07,
                 linewidth=0,
             )
@@ -201,24 +218,25 @@ def _draw_test_panel(axes: Axes, results: Results) -> None:
     """Draw each strategy's test results side by side: a dot a seed and a bar at the mean."""
     by_label = finals(results.comparison["runs"])
     scale = results.unit.scale
-    for index, by_seed in enumerate(by_label.values()):
+    for index, (label, by_seed) in enumerate(by_label.items()):
+        place = results.place(label)
         values = np.array(list(by_seed.values())) * scale
         axes.plot(
             np.full(len(values), index),
             values,
             ls="",
-            marker=look(index)["marker"],
-            ms=4,
-            mfc="white" if len(values) > 1 else colour(index),
-            mec=colour(index),
-            mew=1.1,
-            zorder=3,
+            marker=look(place).get("marker", "o"),
+            ms=4 if place is not None else 2,
+            mfc="white" if len(values) > 1 else colour(place),
+            mec=colour(place),
+            mew=1.1 if place is not None else 0.7,
+            zorder=3 if place is not None else 2,
         )
         if len(values) > 1:
             axes.plot(
                 [index - 0.36, index + 0.36],
                 [values.mean()] * 2,
-                color=colour(index),
+                color=colour(place),
                 lw=2.6,
                 zorder=4,
             )
@@ -273,9 +291,36 @@ def _name_references(axes: Axes, references: dict[str, float], unit: Unit, gap: 
         )
 
 
-def _positive(values: np.ndarray) -> np.ndarray:
-    """Return values for a logarithmic axis: zero and what is unknown are gaps."""
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+def _visible(values: np.ndarray, largest: float) -> np.ndarray:
+    """Return values for a logarithmic axis: what is unknown is a gap, and so is next to nothing,
+    which would squeeze all the rest."""
+    return np.where(np.isfinite(values) & (values > _NEXT_TO_NOTHING * largest), values, np.nan)
+
+
+def _removes(curve: Curve) -> bool:
+    """Whether a rule corrects enough of the bias, in either direction, for a plot to show it."""
+    return bool(np.isfinite(curve.mean).any() and np.nanmax(np.abs(curve.mean)) > 1e-3)
+
+
+def _draw_removed(axes: Axes, removed: dict[str, Curve], results: Results) -> None:
+    """Draw which share of the bias each rule removes in a round."""
+    for label, curve in removed.items():
+        every = max(1, len(curve.x) // 8)
+        style = {"linewidth": 1.6, **look(results.place(label))}
+        axes.plot(curve.x, 100 * curve.mean, markevery=every, **style)
+    low, high = axes.get_ylim()
+    axes.set(ylim=(max(min(low, 0.0), -100.0), min(1.1 * high, 105.0)), ylabel="removed (%)")
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+
+
+def _removed_in_words(removed: dict[str, Curve], results: Results) -> str:
+    """Say how much of the bias rules remove, the mean over rounds."""
+    said = []
+    for label, curve in removed.items():
+        if len(removed) <= 6 or results.place(label) is not None:
+            share = 100 * float(np.nanmean(curve.mean))
+            said.append(f"{results.names[label]} {share:.1f}%".replace("-", MINUS, share < 0))
+    return f" Removed, the mean over rounds: {', '.join(said)}." if said else ""
 
 
 def _repairable(results: Results, labels: list[str]) -> str:

@@ -25,11 +25,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 WIDTH = 5.2
 """Inches; 10 pt text is then 9.6 px high on a phone of 390 px and 14 px in a column of 530."""
 DPI = 220
-INK, QUIET, FAINT = "#1c2024", "#5b6169", "#e3e6ea"
+INK, QUIET, FAINT, OTHERS = "#1c2024", "#5b6169", "#e3e6ea", "#b7bdc4"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d")
 """Okabe and Ito's colours, told apart with any colour blindness; yellow is too pale on white."""
 MARKERS = "osD^vPX"
-DASHES = ("-", "--", "-.", ":")
 _SIZE, _SMALL = 10.0, 8.8
 _TITLE_ROW, _LEGEND_ROW, _EDGE = 0.30, 0.21, 0.09
 
@@ -89,29 +88,26 @@ def plain_style() -> Iterator[None]:
             yield
 
 
-def colour(index: int) -> str:
-    """Return the colour of a strategy by its place in the comparison."""
-    return PALETTE[index % len(PALETTE)]
+def colour(place: int | None) -> str:
+    """Return a strategy's colour by its place (see `Results.place`): grey for None."""
+    return OTHERS if place is None else PALETTE[place]
 
 
-def look(index: int) -> dict[str, str]:
-    """Return colour, marker and dashes of a strategy, so that no two share all three."""
-    return {
-        "color": colour(index),
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
-    }
+def look(place: int | None) -> dict[str, Any]:
+    """Return colour and marker of a strategy's curve; thin and plain for one of many."""
+    if place is None:
+        return {"color": OTHERS, "linewidth": 1.0}
+    return {"color": colour(place), "marker": MARKERS[place], "markersize": 4}
 
 
-def bar(index: int) -> dict[str, Any]:
-    """Return colour and hatching of a strategy's bar, told apart beyond the palette too."""
-    hatch = ("", "////", "....")[index // len(PALETTE) % 3]
-    return {"facecolor": colour(index), "edgecolor": "white", "linewidth": 0, "hatch": hatch}
+def bar(place: int | None) -> dict[str, Any]:
+    """Return the look of a strategy's bar."""
+    return {"facecolor": colour(place), "edgecolor": "white", "linewidth": 0}
 
 
-def key_of(index: int) -> Line2D:
+def key_of(place: int | None) -> Line2D:
     """Return a strategy's line for a legend."""
-    return Line2D([], [], markersize=4.5, **look(index))  # type: ignore[arg-type]
+    return Line2D([], [], **look(place))
 
 
 class Sheet:
@@ -159,14 +155,23 @@ class Sheet:
                 columnspacing=1.3,
             )
 
-    def axes(self, start: float = 0.0, end: float | None = None, **keywords: object) -> Axes:
-        """Add axes between two distances in inches from the left margin; to the right one."""
+    def axes(
+        self,
+        start: float = 0.0,
+        end: float | None = None,
+        *,
+        floor: float = 0.0,
+        top: float | None = None,
+        **keywords: object,
+    ) -> Axes:
+        """Add axes in the box: between two distances in inches from its left, and from below."""
         last = WIDTH - self.left - self.right if end is None else end
+        high = self.height if top is None else top
         box = (
             (self.left + start) / WIDTH,
-            self.bottom / self.total,
+            (self.bottom + floor) / self.total,
             (last - start) / WIDTH,
-            self.height / self.total,
+            (high - floor) / self.total,
         )
         return self.figure.add_axes(box, **keywords)  # type: ignore[call-overload,no-any-return]
 

@@ -59,7 +59,7 @@ def render(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    environment.filters["unbroken"] = partial(_unbroken, results.labels)
+    environment.filters["unbroken"] = partial(_unbroken, list(results.names.values()))
     headline, *findings = verdict(results.comparison).splitlines()
     return environment.get_template("report.html.j2").render(
         headline=headline,
@@ -68,7 +68,8 @@ def render(results: Results) -> str:
         unit=results.unit,
         better="higher" if results.direction == "max" else "lower",
         rows=strategy_rows(results.comparison),
-        colours={label: colour(i) for i, label in enumerate(results.labels)},
+        colours={label: colour(results.place(label)) for label in results.labels},
+        names=results.names,
         base=base_name(results.comparison),
         references=reference_rows(results.comparison),
         plots={plot.name: plot for plot in draw_plots(results)},

@@ -65,12 +65,21 @@ def facts(results: Results) -> list[tuple[str, str]]:
     seeds = sorted({run.seed for run in results.runs})
     return [
         ("task", str(runs[0]["task"])),
+        *_shared_words(results),
         ("metric", results.unit.name),
         ("clients", _distinct(run.get("clients") for run in runs)),
         ("rounds", _distinct(run.get("rounds") for run in runs)),
         ("seeds", ranges(seeds)),
         ("runs", str(len(runs))),
     ]
+
+
+def _shared_words(results: Results) -> list[tuple[str, str]]:
+    """Return what all labels have in common and no table repeats."""
+    first = results.labels[0]
+    kept = results.names[first].split(" ")
+    shared = [word for word in first.split(" ") if word not in kept]
+    return [("all of them", " ".join(shared))] if shared else []
 
 
 def client_rows(results: Results) -> list[ClientRow]:

@@ -11,16 +11,25 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedgraft.config import read_toml
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import PLAN_FILE, RunDirectory
-from server.statistics import Comparison, build_comparison, label_of, reference_label
+from server.statistics import (
+    Comparison,
+    build_comparison,
+    label_of,
+    reference_label,
+    short_labels,
+)
 from server.units import Unit
 
 COMPARISON_FILE = "comparison.json"
+MOST_COLOURS = 7
+"""More strategies than these are not told apart by their colours; the others are drawn in grey."""
 _NEEDED = ("strategy", "seed", "task", "metric", "direction", "final", "best_round")
 
 
@@ -85,6 +94,29 @@ class Results:
     def labels(self) -> list[str]:
         """The strategies in the order of the table, the first one first."""
         return [str(strategy["strategy"]) for strategy in self.comparison["strategies"]]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What strategies are called beside each other, by label."""
+        return short_labels(self.labels)
+
+    @cached_property
+    def highlighted(self) -> list[str]:
+        """The strategies that plots draw in colours of their own: all, or where they are many the
+        first one and the best."""
+        means = {str(s["strategy"]): s["mean"] for s in self.comparison["strategies"]}
+        first, *others = means
+        sign = -1.0 if self.direction == "max" else 1.0
+        ranked = sorted(
+            (label for label in others if means[label] is not None),
+            key=lambda label: sign * means[label],
+        )
+        best = {first, *ranked[: MOST_COLOURS - 1]}
+        return self.labels if len(means) <= MOST_COLOURS else [x for x in means if x in best]
+
+    def place(self, label: str) -> int | None:
+        """Return which colour a strategy has; None for one of the many that are drawn in grey."""
+        return self.highlighted.index(label) if label in self.highlighted else None
 
     def of(self, label: str) -> list[Run]:
         """Return a strategy's runs in the order of their seeds."""

@@ -7,7 +7,7 @@ seed has: where one seed stopped early, the curve ends with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,8 +65,15 @@ def metric_by_bytes(runs: Sequence[Run], metric: str) -> Curve:
     return _curve(x, [[v[r] for r in shared] for v in values])
 
 
-def bias_by_round(runs: Sequence[Run], which: Literal["before", "after", "repairable"]) -> Curve:
-    """Return a round's relative aggregation bias, or the share that is repairable.
+def bias_by_round(
+    runs: Sequence[Run], which: Literal["before", "after", "repairable", "removed"]
+) -> Curve:
+    """Return a round's relative aggregation bias, or a share of it.
+
+    Args:
+        runs: of one strategy.
+        which: the bias before or after the rule's correction; the share of it that is repairable,
+            or that the rule has removed (1 - after / before).
 
     Rounds where no seed knows it are NaN, a gap in the plot.
     """
@@ -74,7 +81,10 @@ def bias_by_round(runs: Sequence[Run], which: Literal["before", "after", "repair
     values = []
     for run in runs:
         records = [run.rounds.get(r, {}).get("aggregation_bias") or {} for r in rounds]
-        values.append([number(record.get(which)) for record in records])
+        if which == "removed":
+            values.append([_removed(record) for record in records])
+        else:
+            values.append([number(record.get(which)) for record in records])
     return _curve(np.array(rounds, dtype=float), values)
 
 
@@ -120,6 +130,11 @@ def clients_at_chosen_round(runs: Sequence[Run], metric: str) -> dict[str, Clien
 def natural(name: str) -> tuple[int, int, str]:
     """Return a sort key that puts client 2 before client 10, and names after numbers."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def _removed(record: Mapping[str, object]) -> float:
+    before, after = number(record.get("before")), number(record.get("after"))
+    return 1 - after / before if before > 0 else math.nan
 
 
 def _validation(run: Run, metric: str) -> dict[int, float]:

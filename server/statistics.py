@@ -91,6 +91,18 @@ def label_of(summary: Mapping[str, Any]) -> str:
     return str(summary.get("label") or summary["strategy"])
 
 
+def short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Return what labels may be called beside each other: without the words that all share.
+
+    They stay as they are where two would be called the same, or one nothing.
+    """
+    words = {label: label.split(" ") for label in labels}
+    shared = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
+    short = {label: " ".join(w for w in own if w not in shared) for label, own in words.items()}
+    clear = all(name and not name.startswith("(") for name in short.values())
+    return short if clear and len(set(short.values())) == len(short) else {x: x for x in labels}
+
+
 def finals(runs: Sequence[Mapping[str, Any]], key: str = "final") -> dict[str, BySeed]:
     """Return the test metric by strategy label, in order of first appearance, and by seed.
 

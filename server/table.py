@@ -20,6 +20,7 @@ from server.statistics import (
     reference_finals,
     reference_label,
     references_by_strategy,
+    short_labels,
 )
 from server.units import NOTHING, Unit, megabytes, number, seconds
 
@@ -41,6 +42,7 @@ class StrategyRow:
     """One strategy's cells, as text.
 
     Attributes:
+        label: the strategy's label; `name` is what it may be called beside the others.
         result: the test metric, mean ± standard deviation over seeds.
         difference: the mean paired difference from the first strategy; a dash for that one.
         interval: its 95% interval.
@@ -55,6 +57,7 @@ class StrategyRow:
     """
 
     label: str
+    name: str
     seeds: int
     result: str
     difference: str
@@ -100,6 +103,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
     base = references_by_strategy(comparison, "base")
     centralised = references_by_strategy(comparison, "centralised")
     by_label = finals(comparison["runs"])
+    names = short_labels(list(by_label))
     rows = []
     for strategy in comparison["strategies"]:
         label = str(strategy["strategy"])
@@ -113,6 +117,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
         rows.append(
             StrategyRow(
                 label=label,
+                name=names[label],
                 seeds=len(runs),
                 result=unit.spread(strategy["mean"], strategy["sd"]),
                 difference=middle,
@@ -194,7 +199,7 @@ def results_table(comparison: Comparison) -> Table:
     for title, _ in shown:
         table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
     for row, *cells in zip(rows, *(cells for _, cells in shown), strict=True):
-        table.add_row(Text(row.label), *(Text(cell) for cell in cells))
+        table.add_row(Text(row.name), *(Text(cell) for cell in cells))
     table.add_section()
     for reference in reference_rows(comparison):
         table.add_row(Text(reference.label, style="dim"), Text(reference.result, style="dim"))

@@ -20,9 +20,14 @@ from server.statistics import (
     paired_interval,
     references_by_strategy,
     seeds_needed,
+    short_labels,
 )
 from server.units import Unit, listed
 
+_NAMED = 3
+"""So many strategies are named in a headline, and of more their number is."""
+_EACH = 6
+"""So many strategies get a line each."""
 _ONE_SEED = (
     "One seed tells nothing about how much of {what} is luck: another seed deals the data "
     "differently and starts from another adapter. Repeat with fedgraft compare and at least three "
@@ -50,6 +55,7 @@ class _Reading:
         self.direction = str(run["direction"])
         self.by_label = finals(comparison["runs"])
         self.first = next(iter(self.by_label))
+        self.names = short_labels(list(self.by_label))
         self.base = references_by_strategy(comparison, "base")
         self.centralised = references_by_strategy(comparison, "centralised")
         rows = any(row["name"] == "base" for row in comparison["references"])
@@ -83,33 +89,63 @@ class _Reading:
             luck = _ONE_SEED.format(what="a difference")
             return ["One seed can't say which strategy is better.", luck, *self._standing()]
         groups: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "unknown": []}
-        findings = []
+        findings = {}
         for label in list(self.by_label)[1:]:
-            group, finding = self._finding(label)
+            group, findings[label] = self._finding(label)
             groups[group].append(label)
-            findings.append(finding)
-        if len(findings) > 1 and len(groups["open"]) < len(findings):
-            findings.append(
-                f"These are {len(findings)} intervals of 95% each: of strategies that do not "
+        lines = list(findings.values())
+        if len(lines) > _EACH:
+            lines = [
+                *self._in_groups(groups),
+                *dict.fromkeys(findings[x] for x in groups["unknown"]),
+            ]
+        intervals = sum(len(groups[group]) for group in ("better", "worse", "open"))
+        if intervals > 1 and (groups["better"] or groups["worse"]):
+            lines.append(
+                f"These are {intervals} intervals of 95% each: of strategies that do not "
                 "differ, one in twenty would exclude zero by luck."
             )
-        return [self._headline(groups), *findings, *self._standing()]
+        return [self._headline(groups), *lines, *self._standing()]
+
+    def _in_groups(self, groups: dict[str, list[str]]) -> list[str]:
+        """Return a line for the better ones, one for the worse and one for the rest."""
+        lines = []
+        for word in ("better", "worse"):
+            found = []
+            for label in groups[word]:
+                interval = paired_interval(self._pairs(label))
+                assert interval is not None
+                said = self.unit.differences(interval.difference, interval.low, interval.high)
+                size = f"{said[0]}{self.unit.points}, 95% interval {said[1]} to {said[2]}"
+                found.append((-abs(interval.difference), f"{self.names[label]} ({size})"))
+            if found:
+                told = "; ".join(text for _, text in sorted(found))
+                lines.append(f"{word.capitalize()} than {self.names[self.first]}: {told}.")
+        if groups["open"]:
+            count = len(groups["open"])
+            verb = "interval holds" if count == 1 else "intervals hold"
+            lines.append(f"{count} {verb} zero: the table has every difference.")
+        return lines
+
+    def _pairs(self, label: str) -> list[float]:
+        return paired_differences(self.by_label[self.first], self.by_label[label])
 
     def _finding(self, label: str) -> tuple[str, str]:
         """Return how a strategy compares with the first one, in one word and in a sentence."""
-        differences = paired_differences(self.by_label[self.first], self.by_label[label])
+        differences = self._pairs(label)
         interval = paired_interval(differences)
         if interval is None:
             for name in (self.first, label):
                 if not all(math.isfinite(value) for value in self.by_label[name].values()):
                     return "unknown", self._no_result(name)
             return "unknown", (
-                f"{label} shares fewer than two seeds with {self.first}, and one tells nothing."
+                f"{self.names[label]} shares fewer than two seeds with {self.names[self.first]}, "
+                "and one tells nothing."
             )
         middle, low, high = self.unit.differences(interval.difference, interval.low, interval.high)
         finding = (
-            f"{label} minus {self.first}: {middle}{self.unit.points} over {len(differences)} "
-            f"seeds, 95% interval {low} to {high}"
+            f"{self.names[label]} minus {self.names[self.first]}: {middle}{self.unit.points} "
+            f"over {len(differences)} seeds, 95% interval {low} to {high}"
         )
         if not interval.excludes_zero:
             return "open", f"{finding}, which holds zero. {_how_many(differences)}"
@@ -117,19 +153,30 @@ class _Reading:
         return "better" if gain > 0 else "worse", f"{finding}, which excludes zero."
 
     def _headline(self, groups: dict[str, list[str]]) -> str:
-        undecided = groups["open"]
-        if len(undecided) == 1 == len(self.by_label) - 1:
-            return f"{self.first} and {undecided[0]} can't be told apart on this data."
-        parts = [
-            f"{listed(groups[word])} {_verb(groups[word])} {word} than {self.first}"
-            for word in ("better", "worse")
-            if groups[word]
-        ]
+        undecided, others = groups["open"], len(self.by_label) - 1
+        first = self.names[self.first]
+        if len(undecided) == 1 == others:
+            return f"{first} and {self.names[undecided[0]]} can't be told apart on this data."
+        if len(undecided) == others > _NAMED:
+            return f"None of the {others} others can be told apart from {first} on this data."
+        parts: list[str] = []
+        for word in ("better", "worse"):
+            if found := groups[word]:
+                whom = "it" if parts else first
+                parts.append(f"{self._who(found, not parts)} {_verb(found)} {word} than {whom}")
         for group, words in (("open", "told apart from"), ("unknown", "compared with")):
             if groups[group]:
-                whom = "it" if parts else self.first
-                parts.append(f"{listed(groups[group])} can't be {words} {whom}")
+                whom = "it" if parts else first
+                parts.append(f"{self._who(groups[group], not parts)} can't be {words} {whom}")
         return f"On this data {'; '.join(parts)}."
+
+    def _who(self, labels: list[str], first: bool) -> str:
+        """Name a few strategies, or say how many they are; the first time, of how many."""
+        if len(labels) <= _NAMED:
+            return listed([self.names[label] for label in labels])
+        return (
+            f"{len(labels)} of the {len(self.by_label) - 1} others" if first else f"{len(labels)}"
+        )
 
     def _standing(self) -> list[str]:
         """Say what the strategies gain over the base, and what the pooled data would add."""
@@ -163,7 +210,8 @@ class _Reading:
         return [gain for gain in found if gain is not None]
 
     def _no_result(self, label: str) -> str:
-        return f"{label} has no result: the test {self.unit.name} of a run is no finite number."
+        name = self.names[label]
+        return f"{name} has no result: the test {self.unit.name} of a run is no finite number."
 
     def _size(self, value: float) -> str:
         return f"{self.unit.difference(abs(value), signed=False)}{self.unit.points}"

@@ -209,7 +209,7 @@ def _interruptible(name: str, path: Path) -> Iterator[None]:
             "interrupted; everything up to the last checkpoint is kept", f"Continue with: {command}"
         ) from None
     except FedGraftError as error:
-        if error.exit_status == 1 and command not in error.remedy:
+        if error.exit_status == 1 and "resume" not in error.remedy:  # of which it may advise
             error.remedy = f"{error.remedy} Continue with: {command}".strip()
         raise
 

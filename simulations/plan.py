@@ -15,7 +15,7 @@ from fedgraft.config import Config, flatten, read_toml
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import PLAN_FILE
 from simulations.references import NAMES, is_tuned
-from strategies.registry import rule_names
+from strategies.registry import option_names, rule_names
 
 _NOT_IN_GRID = {"seed": "--seeds", "strategy.name": "--strategies"}
 
@@ -51,6 +51,13 @@ class Plan:
         for key in self.grid:
             if key in _NOT_IN_GRID:
                 raise ConfigError(f"--grid holds {key}", f"Use {_NOT_IN_GRID[key]} for it.")
+            if key.startswith("compare."):
+                _, strategy, *rest = key.split(".")
+                raise ConfigError(
+                    f"--grid holds {key}, and a grid is of all strategies",
+                    f"Compare {strategy} alone: --strategies {strategy} "
+                    f"--grid {'.'.join(rest)}=V1,V2.",
+                )
 
     def variants(self) -> dict[str, Config]:
         """Return the configs to run by label, with seed 0; the first strategy's come first.
@@ -106,13 +113,17 @@ class Plan:
 
     def _check_options(self, common: Mapping[str, Any]) -> None:
         """Refuse an option of one rule set for all, which the others would not know."""
-        options = sorted(key for key in common["strategy"] if key != "name")
-        if options and len(self.strategies) > 1:
-            raise ConfigError(
-                f"strategy.{options[0]} is set for all strategies, and not all may know it",
-                f"Set it for one of them, with --set compare.NAME.strategy.{options[0]}=... or "
-                "under [compare.NAME.strategy].",
-            )
+        options = {key for key in common["strategy"] if key != "name"}
+        options |= {
+            key.removeprefix("strategy.") for key in self.grid if key.startswith("strategy.")
+        }
+        for strategy in self.strategies if len(self.strategies) > 1 else ():
+            for option in sorted(options - set(option_names(strategy))):
+                raise ConfigError(
+                    f"strategy.{option} is set for all strategies, and {strategy} does not know it",
+                    f"Set it for one of them, with --set compare.NAME.strategy.{option}=... or "
+                    "under [compare.NAME.strategy]; to try several values, compare that one alone.",
+                )
 
     def to_toml(self) -> str:
         """Return the plan as TOML, from which a resume reads it back."""

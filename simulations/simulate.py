@@ -60,7 +60,7 @@ def resume(path: Path, settings: Mapping[str, Any]) -> tuple[Config, RunDirector
 
     Raises:
         ConfigError: there is no run, or a key is set that a resume cannot change.
-        RunError: the disk is full or refuses the write.
+        RunError: another process is at work on it, or the disk is full or refuses the write.
     """
     directory = RunDirectory.open(path)
     config = directory.config()
@@ -73,9 +73,10 @@ def resume(path: Path, settings: Mapping[str, Any]) -> tuple[Config, RunDirector
                 f"Start a new run, from this one's adapter with --set adapter.from="
                 f"{directory.adapter} if you like. A resume may change {', '.join(RESUMABLE)}.",
             )
-    if not is_finished(changed, directory):
-        directory.summary_file.unlink(missing_ok=True)  # the sign that a run has finished
-        directory.write_config(changed, directory.lineage())
+    with directory.held():  # another process may be at work on it
+        if not is_finished(changed, directory):
+            directory.summary_file.unlink(missing_ok=True)  # the sign that a run has finished
+            directory.write_config(changed, directory.lineage())
     return changed, directory
 
 

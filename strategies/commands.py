@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from strategies.options import RuleOptions, SteppedOptions
 from strategies.registry import rule_class, rule_names
 from strategies.rule import Rule
 
@@ -18,6 +19,9 @@ MEANINGS = {
     "mixed_ranks": "clients may hold different ranks",
     "base_residual": "what the factors cannot hold is added to the base",
     "personal": "a part of the adapter stays on its client",
+    "server_optimizer": "strategy.server-optimizer may step from one round's result to the next",
+    "quantised_base": "nothing is written into the base's own weights",
+    "extras": "what becomes of trained tensors that are not LoRA, a classifier's head, say",
 }
 """What each of a rule's capabilities means, for people."""
 
@@ -38,10 +42,25 @@ def strategies(as_json: bool) -> None:
     console.print(_table(rules))
     for name, meaning in MEANINGS.items():
         console.print(f"[bold]{_words(name)}[/bold]: {meaning}", highlight=False)
+    console.print()
     for rule in rules:
-        console.print(f"\n[bold]{rule.name}[/bold]: {rule.title}. {rule.citation}", highlight=False)
-        for option, default in _options(rule).items():
-            console.print(f"  strategy.{option} = {default!r}", highlight=False)
+        console.print(f"[bold]{rule.name}[/bold]: {rule.title}. {rule.citation}", highlight=False)
+        if own := [name for name in rule.Options.model_fields if name not in _STEPPED]:
+            told = ", ".join(_option(rule, name) for name in own)
+            console.print(f"  strategy.{told}", highlight=False)
+    stepped = ", ".join(_option(SteppedOptions, name) for name in _STEPPED)
+    console.print(f"\nWhere there may be a server optimizer: strategy.{stepped}", highlight=False)
+
+
+_STEPPED = tuple(SteppedOptions.model_fields)
+"""Options that many rules share, told once."""
+
+
+def _option(owner: type[Rule] | type[RuleOptions], name: str) -> str:
+    options = owner.Options if issubclass(owner, Rule) else owner
+    field = options.model_fields[name]
+    default = "unset" if field.default is None else json.dumps(field.default)
+    return f"{field.alias or name}={default}"
 
 
 def _table(rules: list[type[Rule]]) -> Table:
@@ -51,8 +70,14 @@ def _table(rules: list[type[Rule]]) -> Table:
         table.add_column(_words(name), justify="center")
     for rule in rules:
         able = asdict(rule.capabilities)
-        table.add_row(rule.name, *("yes" if able[name] else "-" for name in MEANINGS))
+        table.add_row(rule.name, *(_told(able[name]) for name in MEANINGS))
     return table
+
+
+def _told(value: bool | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "yes" if value else "-"
 
 
 def _row(rule: type[Rule]) -> dict[str, object]:

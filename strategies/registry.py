@@ -41,6 +41,15 @@ def rule_class(name: str) -> type[Rule]:
     return loaded
 
 
+def option_names(name: str) -> list[str]:
+    """Return the options that a rule knows, as they are written after `strategy.`.
+
+    Raises:
+        ConfigError: no installed rule has that name.
+    """
+    return [f.alias or key for key, f in rule_class(name).Options.model_fields.items()]
+
+
 def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     """Return a rule with its options checked.
 
@@ -55,7 +64,7 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     try:
         checked = cls.Options.model_validate(dict(options or {}))
     except ValidationError as error:
-        known = [f"strategy.{f.alias or key}" for key, f in cls.Options.model_fields.items()]
+        known = [f"strategy.{option}" for option in option_names(name)]
         raise config_error(error, known, prefix="strategy.") from None
     rule = cls.build(checked)
     if isinstance(checked, SteppedOptions):

@@ -12,7 +12,7 @@ from typing import TypeVar
 from flwr.app import Message, MetricRecord, MetricRecordValues
 
 from fedgraft.adapter import Tensors, from_arrays, natural_order, payload_bytes
-from fedgraft.errors import RunError, UpdateError
+from fedgraft.errors import DIVERGED, RunError, UpdateError
 from fedgraft.messages import Reply
 from strategies.rounds import ClientReport
 from strategies.spool import UpdateSpool
@@ -91,11 +91,14 @@ class Training:
         told: dict[str, list[str]] = {}
         for client, reason in in_order(self.failed | self.refused).items():
             told.setdefault(reason, []).append(client)
+        diverged = bool(told) and all(DIVERGED in reason for reason in told)
         reasons = "; ".join(f"client {', '.join(names)}: {why}" for why, names in told.items())
         raise RunError(
             f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
             f"federation.min-clients asks for ({reasons or 'no client was there to ask'})",
-            "Mend those clients, or lower federation.min-clients.",
+            "Lower train.lr or set train.grad-clip in a new run: a resume keeps both."
+            if diverged
+            else "Mend those clients, or lower federation.min-clients.",
         )
 
 

@@ -77,14 +77,19 @@ def clients_a_round(config: Config) -> int:
 
 
 def best_layer(terms: Sequence[Term], current: LoraLayer) -> LoraLayer:
-    """Return the best layer of the current one's rank for a sum of products.
-
-    Where the sum has fewer directions than the rank, B is zero and A keeps the current rows, so
-    that clients can go on training there: with both zero neither would get a gradient again.
-    """
+    """Return the best layer of the current one's rank for a sum of products."""
     B, A = best_rank(terms, current.rank)
-    used = B.any(0)
-    return LoraLayer(torch.where(used[:, None], A, current.A.double()), B, current.scaling)
+    return _trainable(LoraLayer(A, B, current.scaling), current)
+
+
+def _trainable(layer: LoraLayer, current: LoraLayer) -> LoraLayer:
+    """Return the layer with the current rows of A in directions that nothing uses.
+
+    A sum of products may have fewer of them than the rank, and so does a client of a smaller rank.
+    With both factors zero neither would get a gradient again; with B zero the product is the same.
+    """
+    used = (layer.A.any(1) | layer.B.any(0))[:, None]
+    return layer.with_factors({"A": torch.where(used, layer.A, current.A.to(layer.A.dtype))})
 
 
 class ProductRule(PerClientRule):
@@ -134,5 +139,5 @@ class Surveyed(ProductRule):
             terms.append((rest, current.B, current.A))
         if len(terms) == 1:
             _, B, A = terms[0]
-            return LayerResult(current.with_factors({"A": A, "B": B}))
+            return LayerResult(_trainable(current.with_factors({"A": A, "B": B}), current))
         return LayerResult(best_layer(terms, current))

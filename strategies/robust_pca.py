@@ -96,7 +96,7 @@ def _shrinkage(gram: Tensor, mu: float) -> Tensor:
     squares, V = torch.linalg.eigh(gram)
     values = mu * squares.clamp(min=0.0).sqrt()
     kept = torch.where(values > 1.0, 1.0 - 1.0 / values, 0.0)
-    return torch.einsum("ik,k,jk->ij", V, kept, V)
+    return torch.mm(V * kept, V.T)
 
 
 def _balanced(mu: float, primal: float, dual: float) -> float:

@@ -50,13 +50,13 @@ def test_the_strategy_works_in_somebody_elses_flower_app(tmp_path: Path) -> None
 def rule_of_the_documentation(folder: Path) -> Any:
     """Write the page's example as the module that it tells its reader to write."""
     text = (ROOT / "docs" / "extending.md").read_text()
-    path = folder / "fedavgm.py"
+    path = folder / "heavy_ball.py"
     path.write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
-    spec = importlib.util.spec_from_file_location("fedavgm", path)
+    spec = importlib.util.spec_from_file_location("heavy_ball", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.FedAvgM
+    return module.HeavyBall
 
 
 def test_the_rule_of_the_documentation(tmp_path: Path) -> None:
@@ -89,17 +89,21 @@ def test_a_rule_of_another_package_is_used_by_name_and_resumes(
     installed = tmp_path / "my_rules-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[fedgraft.rules]\nfedavgm = fedavgm:FedAvgM\n")
+    (installed / "entry_points.txt").write_text(
+        "[fedgraft.rules]\nheavy-ball = heavy_ball:HeavyBall\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("simulations.simulate.draw", lambda path: None)  # not the subject here
-    monkeypatch.delitem(sys.modules, "fedavgm", raising=False)
-    assert "FedAvgM" in call("strategies").out
-    wrong = call("simulate", "--set", "strategy.name=fedavgm", "--set", "strategy.bta=0.5")
+    monkeypatch.delitem(sys.modules, "heavy_ball", raising=False)
+    assert "Heavy ball" in call("strategies").out
+    wrong = call("simulate", "--set", "strategy.name=heavy-ball", "--set", "strategy.bta=0.5")
     assert wrong.status == 2 and "Did you mean strategy.beta?" in wrong.err
 
     adapters = {}
     for beta in (0.0, 0.5):
-        chosen = settings(strategy__name="fedavgm", strategy__beta=beta, train__schedule="constant")
+        chosen = settings(
+            strategy__name="heavy-ball", strategy__beta=beta, train__schedule="constant"
+        )
         whole, parts = tmp_path / f"whole-{beta}", tmp_path / f"parts-{beta}"
         three = ("--set", "federation.rounds=3")
         assert call("simulate", *chosen, *three, "--out", whole).status == 0

@@ -220,6 +220,7 @@ def test_runs_of_a_grid_are_measured_against_their_own_rows(tmp_path: Path) -> N
         (["--seeds", "0,one"], "--seeds"),
         (["--grid", "train.lr"], "--grid"),
         (["--grid", "train.rate=1,2"], "train.rate"),
+        (["--grid", "compare.lora-fair.train.lr=1,2"], "--strategies lora-fair --grid train.lr="),
         (["--references", "base,upper"], "upper"),
         (["--set", "compare.fedavgg.train.lr=1"], "fedavg"),
     ],
@@ -238,6 +239,11 @@ def test_one_option_of_a_rule_is_not_set_for_all(tmp_path: Path) -> None:
     assert done.status == 2
     assert "strategy.lambda is set for all" in done.err
     assert "--set compare.NAME.strategy.lambda=..." in done.err
+    done = call("compare", "--strategies", "fedavg,lora-fair", "--grid", "strategy.lambda=0.1,0.2")
+    assert done.status == 2 and "strategy.lambda is set for all" in done.err
+    assert "and fedavg does not know it" in done.err and "compare that one alone" in done.err
+    both = Plan(Config(), ("fedavg", "ffa-lora"), (0,), {"strategy.server-lr": [0.1, 0.2]})
+    assert len(both.variants()) == 4  # of options that all know, a grid is welcome
     plan = Plan(
         Config().with_overrides({"compare.lora-fair.strategy.lambda": 0.5}),
         ("fedavg", "lora-fair"),

@@ -125,7 +125,10 @@ clientapp = "flower_app:client"
 def test_flwr_run_in_a_checkout_and_of_the_example(
     flwr: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Both by the plain command; the second one finds the first one's SuperLink running."""
+    """Both by the command as the README has it: with Flower's installing of dependencies off.
+
+    The second one finds the first one's SuperLink running.
+    """
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "server", checkout / "server")  # code does not travel, whatever is there
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "Makefile"):

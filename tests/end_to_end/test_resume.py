@@ -86,6 +86,29 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("strategy", "moment", "round"),
+    [
+        ("ffa-lora", "in_training", 4),
+        ("ffa-lora", "in_aggregation", 3),
+        ("lora-fair", "in_aggregation", 3),
+        ("lora-fair", "writing_a_checkpoint", 4),
+    ],
+)
+def test_other_strategies_end_as_if_nothing_had_happened_too(
+    strategy: str, moment: str, round: int, forks: ForkServerContext, tmp_path: Path
+) -> None:
+    """Where A is in the seed, and where a round has two phases."""
+    arguments = settings(strategy__name=strategy, federation__rounds=5, **PERSONAL)
+    done = call("simulate", *arguments, "--out", tmp_path / "whole")
+    assert done.status == 0, done.err
+    die(forks, moment, round, ["simulate", *arguments, "--out", str(tmp_path / "run")])
+    resume(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_resume_that_is_killed_is_resumed(
     forks: ForkServerContext, uninterrupted: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -141,6 +164,17 @@ def test_ctrl_c_says_how_to_go_on(
     assert command == ["simulate", "--resume", str(path)]
     assert call(*command).status == 0
     assert outcome(path) == uninterrupted[1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_diverges_is_not_to_be_resumed(tmp_path: Path) -> None:
+    """It would diverge again, and a resume cannot change the learning rate."""
+    wild = settings(train__lr=1e30, train__grad_clip=0.0, train__optimizer="sgd")
+    done = call("simulate", *wild, "--out", tmp_path / "run")
+    assert done.status == 1 and "training diverged in round 1" in done.err
+    remedy = done.err.splitlines()[-1]
+    assert "Lower train.lr or set train.grad-clip in a new run" in remedy
+    assert "--resume" not in remedy
 
 
 def test_ctrl_c_that_a_library_swallows_ends_the_run_all_the_same(
@@ -251,7 +285,9 @@ def test_a_run_starts_from_an_adapter(finished: Path, tmp_path: Path) -> None:
 def test_one_run_is_not_run_twice_at_a_time(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(finished, path)
+    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
     with RunDirectory.open(path).held():
         done = call("simulate", "--resume", path, "--set", "federation.rounds=3")
     assert done.status == 1 and "another process is at work" in done.err
+    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == before
     resume(path, "--set", "federation.rounds=3")

@@ -123,6 +123,11 @@ def test_absurd_metrics_are_left_out():
 def test_a_hello_comes_back_as_it_was():
     hello = Hello("3", "rotated +45")
     assert Hello.decode(hello.encode()) == hello
+    # Its words are cut and made printable, its memory is none where that is absurd.
+    rude = Hello.decode(Hello("3", "\x1b[2Jscans\n" + "x" * 10**6, memory=7).encode())
+    assert rude.description == " [2Jscans " + "x" * 190 and rude.memory == 7
+    for memory in (-1, float("nan"), float("inf"), 1e300):
+        assert Hello.decode(Hello("3", memory=memory).encode()).memory == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["", "x" * 101, "a\nb", "a\x1b[31m", "a\x00"])

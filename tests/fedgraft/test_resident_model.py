@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedgraft.adapter import Adapter, natural_order
+from client.trainer import Assignment, train
+from fedgraft.adapter import Adapter, LoraLayer, natural_order, parse_factor
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.resident_model import (
@@ -323,3 +325,63 @@ def test_rslora_scales_by_the_root(digits: Task):
     # and PEFT computes with the same scaling
     scalings = {m.scaling["default"] for m in model.model.modules() if hasattr(m, "lora_A")}
     assert scalings == {8.0}
+
+
+def test_a_residual_is_what_has_joined_the_base(digits: Task, model: ResidentModel):
+    """The same logits as with W0 + scaling B A written into the base's own weights."""
+    adapter = model.initial_adapter(0)
+    tensors = {n: t + 0.01 if parse_factor(n) else t for n, t in adapter.tensors().items()}
+    adapter = Adapter.from_tensors(tensors, model.scaling)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return 0.1 * torch.randn(*shape, generator=generator)
+
+    residual = {
+        name: LoraLayer(normal(3, layer.A.shape[1]), normal(len(layer.B), 3), 0.5)
+        for name, layer in list(adapter.layers.items())[::2]
+    }
+    batch = digits.validation().batch(np.arange(32))
+    before = model.frozen_digest()
+
+    def logits() -> Tensor:
+        with torch.inference_mode():
+            return model.model.eval()(pixel_values=batch["pixel_values"]).logits
+
+    model.take(adapter)
+    without = logits()
+    model.take(replace(adapter, residual=residual))
+    ours = logits()
+    assert model.frozen_digest() == before
+    model.take(adapter)  # the next adapter has none, and none is left
+    assert torch.equal(logits(), without) and not torch.allclose(ours, without)
+    weights = {name: model.lora_module(name).base_layer.weight for name in residual}
+    kept = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight += residual[name].product()
+        torch.testing.assert_close(ours, logits(), rtol=1e-4, atol=1e-4)
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
+
+
+def test_a_smaller_rank_is_trained_as_a_model_of_that_rank_trains(tiny: Config, digits: Task):
+    """Padded with zeros in a model of rank 8, or alone in one of rank 4: the same steps."""
+    narrow = tiny.with_overrides({"adapter.rank": 4})
+    small = ResidentModel(digits, narrow)
+    start = small.initial_adapter(0)
+    work = Assignment(tiny.train, seed=0, round=1, rounds=3, client="0")
+    alone = train(small, digits, digits.train(0), start, work)
+    large = ResidentModel(digits, tiny)
+    padded = train(large, digits, digits.train(0), start, work)
+    assert small.scaling == 4.0 and large.scaling == 2.0
+    for name, tensor in alone.tensors.items():
+        assert padded.tensors[name].shape == tensor.shape
+        # products of another inner size are summed in another order
+        torch.testing.assert_close(padded.tensors[name], tensor, rtol=1e-3, atol=1e-5)
+    rest = {name: parameter.detach() for name, parameter in large.parameters.items()}
+    assert all(not t[4:].any() for n, t in rest.items() if n.endswith("lora_A.weight"))
+    assert all(not t[:, 4:].any() for n, t in rest.items() if n.endswith("lora_B.weight"))

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from synthetic_runs import write_comparison, write_run
 
-from server.figure import DPI, WIDTH, Plot, spread
+from server.curve_plots import _visible
+from server.figure import DPI, WIDTH, Plot, look, spread
 from server.plots import draw_plots, save_plots
 from server.results import Run, read_results
 from server.series import (
@@ -81,6 +82,34 @@ def test_unknown_bias_is_a_gap() -> None:
     assert not is_exact(runs)
     assert is_exact([run([biased(1, 3e-8), biased(2, 0.0)])])
     assert not is_exact([run([biased(1, None)])])  # unknown is not exact
+
+
+def test_the_share_that_a_rule_removes() -> None:
+    """Of a bias of 0.2 a rule leaves 0.19: 5%. Who makes it worse removes less than nothing."""
+
+    def biased(round: int, before: float, after: float) -> dict[str, Any]:
+        return {"round": round, "aggregation_bias": {"before": before, "after": after}}
+
+    rounds = [biased(1, 0.2, 0.19), biased(2, 0.1, 0.12), biased(3, 0.0, 0.0)]
+    curve = bias_by_round([run(rounds)], "removed")
+    assert curve.mean[:2].tolist() == pytest.approx([0.05, -0.2])
+    assert math.isnan(curve.mean[2])
+
+
+def test_the_removed_share_is_said_and_drawn(plots: dict[str, Plot], tmp_path: Path) -> None:
+    """The synthetic LoRA-FAIR removes 6%, FedAvg nothing."""
+    biased = plots["aggregation-bias"]
+    assert "Removed, the mean over rounds: lora-fair 6.0%." in biased.caption
+    write_comparison(tmp_path / "c", strategies=("fedavg", "flora"), rounds=3)
+    none = {p.name: p for p in draw_plots(read_results([tmp_path / "c"]))}["aggregation-bias"]
+    assert "Removed" not in none.caption
+    heights = [Image.open(io.BytesIO(plot.png)).height for plot in (none, biased)]
+    assert heights[1] > heights[0] + 200
+
+
+def test_next_to_no_bias_does_not_squeeze_the_rest() -> None:
+    shown = _visible(np.array([0.2, 0.1, 1e-9, 0.0, math.nan]), largest=0.2)
+    assert np.isfinite(shown).tolist() == [True, True, False, False, False]
 
 
 def test_clients_are_read_at_each_runs_own_chosen_round() -> None:
@@ -179,9 +208,25 @@ def test_hostile_names_are_drawn_as_text(tmp_path: Path) -> None:
     assert len(draw_plots(read_results([tmp_path / "run"]))) == 4
 
 
+def test_of_many_strategies_the_first_and_the_best_have_colours(tmp_path: Path) -> None:
+    strategies = ("fedavg", *(f"rule-{k}" for k in range(24)))
+    write_comparison(tmp_path / "c", strategies=strategies, seeds=(0, 1), rounds=3)
+    results = read_results([tmp_path / "c"])
+    means = {row["strategy"]: row["mean"] for row in results.comparison["strategies"]}
+    best = sorted(strategies[1:], key=lambda label: -means[label])[:6]
+    assert set(results.highlighted) == {"fedavg", *best}
+    looks = [look(results.place(label)) for label in results.highlighted]
+    assert len({one["color"] for one in looks}) == len({one["marker"] for one in looks}) == 7
+    plots = {plot.name: plot for plot in draw_plots(results)}
+    heights = {name: Image.open(io.BytesIO(plot.png)).height for name, plot in plots.items()}
+    assert max(heights.values()) < 2.1 * WIDTH * DPI
+    assert all(label in plots["differences"].alt for label in strategies)
+    assert "Of 18 more strategies see the table." in plots["clients"].caption
+
+
 def test_many_clients_and_strategies_fit(tmp_path: Path) -> None:
     strategies = tuple("abcdefghi")
     write_comparison(tmp_path / "c", strategies=strategies, seeds=(0, 1), clients=40, rounds=3)
     plot = {p.name: p for p in draw_plots(read_results([tmp_path / "c"]))}["clients"]
-    assert "The 35 better clients are left out." in plot.caption
+    assert "The 34 better clients are left out. Of 2 more strategies see the table." in plot.caption
     assert Image.open(io.BytesIO(plot.png)).height < 4000

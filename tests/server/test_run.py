@@ -277,6 +277,11 @@ def test_a_base_that_gives_nonsense_is_found_before_the_first_round(
     with pytest.raises(ModelError, match="untouched base has a test accuracy of nan"):
         go(directory)
     assert directory.rounds() == []
+    # Where the run was given an adapter, that is what gives nonsense.
+    monkeypatch.setattr(FederatedRun, "_initial_adapter", lambda run: run.model.initial_adapter(0))
+    given = new(tmp_path / "second", tiny.with_overrides({"adapter.from": "runs/first/adapter"}))
+    with pytest.raises(ModelError, match=r"the adapter in runs/first/adapter has a test accuracy"):
+        go(given)
 
 
 # Resuming

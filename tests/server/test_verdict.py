@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.statistics import build_comparison
+from server.statistics import build_comparison, short_labels
 from server.verdict import verdict
 
 WINNERS = re.compile(r"\b(better|worse) than (?!the untouched|their own|its own)")
@@ -71,6 +71,52 @@ def test_an_interval_without_zero_decides_by_direction(direction: str, word: str
     )
     assert "which excludes zero" in text
     assert "one in twenty" in text
+
+
+def test_only_intervals_that_exist_are_counted() -> None:
+    """Of two that share fewer than two seeds with the first there is none to warn of."""
+    text = verdict(comparison({"a": [0.7, 0.72, 0.71], "b": [0.5], "c": [0.6]}))
+    assert text.splitlines()[0] == "On this data b and c can't be compared with a."
+    assert "one in twenty" not in text
+    finals = {"a": [0.7, 0.72, 0.71], "b": [0.5], "c": [0.8, 0.82, 0.81], "d": [0.9, 0.91, 0.92]}
+    assert "These are 2 intervals" in verdict(comparison(finals))
+    del finals["d"]
+    assert "one in twenty" not in verdict(comparison(finals))  # one interval is what 95% says
+
+
+def test_many_that_cannot_be_told_apart_are_counted_and_not_named() -> None:
+    finals = {f"rule-{k}": [0.7, 0.74 + 0.01 * k] for k in range(25)}
+    headline, second, *_ = verdict(comparison(finals)).splitlines()
+    assert headline == "None of the 24 others can be told apart from rule-0 on this data."
+    assert second == "24 intervals hold zero: the table has every difference."
+
+
+def test_of_many_the_ones_that_differ_are_told_with_their_intervals() -> None:
+    luck = [0.0, 0.001, -0.001]
+    finals = {"first": [0.70, 0.70, 0.70]}
+    finals |= {f"good-{k}": [0.80 + 0.01 * k + x for x in luck] for k in range(4)}
+    finals |= {"bad": [0.60 + x for x in luck], "odd": [math.nan] * 3}
+    finals |= {f"open-{k}": [0.70 + x for x in luck] for k in range(3)}
+    headline, better, worse, still, none, *_ = verdict(comparison(finals)).splitlines()
+    assert headline == (
+        "On this data 4 of the 9 others are better than first; bad is worse than it; open-0, "
+        "open-1 and open-2 can't be told apart from it; odd can't be compared with it."
+    )
+    assert better.startswith("Better than first: good-3 (+13.0 points, 95% interval +12.8 to ")
+    assert better.count("interval") == 4
+    assert worse == "Worse than first: bad (−10.0 points, 95% interval −10.2 to −9.8)."
+    assert still == "3 intervals hold zero: the table has every difference."
+    assert none.startswith("odd has no result")
+
+
+def test_what_all_labels_share_is_not_repeated() -> None:
+    finals = {"fedavg train.lr=0.1": [0.70, 0.74], "fedavg train.lr=0.2": [0.71, 0.73]}
+    headline = verdict(comparison(finals)).splitlines()[0]
+    assert headline == "train.lr=0.1 and train.lr=0.2 can't be told apart on this data."
+    # Nor is anything left out where one would have no name, or two the same.
+    assert short_labels(["a", "a x=1"]) == {"a": "a", "a x=1": "a x=1"}
+    assert short_labels(["a b", "b a"]) == {"a b": "a b", "b a": "b a"}
+    assert short_labels(["a (c)", "a (d)"]) == {"a (c)": "a (c)", "a (d)": "a (d)"}
 
 
 def test_one_seed_tells_nothing() -> None:

@@ -31,7 +31,11 @@ def test_whole_federations_leave_the_frozen_weights_as_they_were(
 ) -> None:
     """Three strategies, one after the other in one process, on the one resident model."""
     config = tiny.with_overrides(
-        {"train.optimizer-state": optimizer_state, "adapter.dropout": 0.1, "train.weight-decay": 0.1}
+        {
+            "train.optimizer-state": optimizer_state,
+            "adapter.dropout": 0.1,
+            "train.weight-decay": 0.1,
+        }
     )
     task = resident_task(config)
     model = resident_model(task, config)

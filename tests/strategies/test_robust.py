@@ -21,6 +21,8 @@ from strategies.coordinatewise import rising
 from strategies.geometric_median import typical_distance, weiszfeld
 from strategies.gram import gram_of_changes, squared_distances
 from strategies.registry import build_rule
+from strategies.robust import clients_a_round
+from strategies.strategy import sample_size
 
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 EXTRA = "classifier.weight"
@@ -295,6 +297,7 @@ def test_coordinatewise_rules_by_hand() -> None:
     assert number(fed.aggregate("trimmed-mean", byzantine=1)) == 3.0
     assert number(fed.aggregate("trimmed-mean", byzantine=9)) == 2.0  # as many as leave a median
     assert number(scalars(1.0, 2.0, 4.0, 9.0).aggregate("coordinate-median")) == 3.0
+    assert number(scalars(1.0, 4.0).aggregate("trimmed-mean", byzantine=1)) == 2.5
 
 
 def test_rows_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +420,26 @@ def test_nothing_learned_leaves_an_adapter_that_can_learn(name: str) -> None:
 
 
 @rules
+def test_directions_that_small_clients_lack_go_on_training(name: str) -> None:
+    """Three clients of rank 1, padded to 3, and the product is theirs: A stays in the other two."""
+    fed = federation(np.random.default_rng(11), d_out=4, d_in=5, r=3, weights=[1.0] * 3)
+    _, tensors = next(iter(fed.updates.values()))
+    A, B = (tensors[f"{LAYER}.lora_{factor}.weight"].clone() for factor in "AB")
+    A[1:], B[:, 1:] = 0.0, 0.0
+    small = tensors | {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B}
+    fed = replace(fed, updates={f"{k}": (1.0, small) for k in range(3)})
+    layer = fed.aggregate(name).adapter.layers[LAYER]
+    np.testing.assert_allclose(product_of(layer), (B @ A).numpy(), atol=1e-5)
+    assert layer.A.any(1).all()
+    if name not in (
+        "trimmed-mean",
+        "coordinate-median",
+    ):  # whose float32 entries have no exact rank
+        assert layer.B.any(0).tolist() == [True, False, False]
+        assert torch.equal(layer.A[1:], fed.current.layers[LAYER].A[1:])
+
+
+@rules
 def test_zero_updates_change_nothing(name: str) -> None:
     fed = federation(np.random.default_rng(9), d_out=4, d_in=5, r=2, weights=[1.0] * 5, drift=0.0)
     made = fed.aggregate(name).adapter
@@ -459,6 +482,11 @@ def test_configs_that_cannot_be_honoured_are_refused(
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         build_rule(name, options).check(config(2 * clients, 0.5))
     build_rule(name, options).check(config(20))
+
+
+@pytest.mark.parametrize(("clients", "fraction"), [(10, 1.0), (10, 0.25), (7, 0.5), (3, 0.1)])
+def test_checks_count_the_clients_that_the_host_samples(clients: int, fraction: float) -> None:
+    assert clients_a_round(config(clients, fraction)) == sample_size(fraction, clients)
 
 
 @rules

@@ -1,0 +1,105 @@
+"""Clients of different ranks: cuts, padding, scalings, and who gets which rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from federations import LAYER, federation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgraft.adapter import Adapter
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
+from strategies.fitness import check_rule
+from strategies.ranks import RankScaling, assigned, by_rank, by_root, cut_adapter, padded
+from strategies.registry import build_rule
+
+FEDAVG = build_rule("fedavg")
+
+
+def adapter(r: int, scaling: float) -> Adapter:
+    rng = np.random.default_rng(0)
+    return federation(rng, d_out=6, d_in=5, r=r, weights=[1.0]).with_scaling(scaling).current
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.sampled_from([by_rank, by_root]))
+def test_a_cut_is_the_product_of_the_first_ranks_whatever_the_scaling(
+    own: int, scaling: RankScaling
+) -> None:
+    whole = adapter(4, 2.0)
+    part = cut_adapter(whole, own, FEDAVG.cut, scaling).layers[LAYER]
+    layer = whole.layers[LAYER]
+    expected = 2.0 * layer.B[:, :own] @ layer.A[:own]
+    torch.testing.assert_close(part.product(), expected)
+    assert part.A.shape == (own, 5) and part.B.shape == (6, own)
+    assert part.scaling == pytest.approx(
+        2.0 * 4 / own if scaling is by_rank else 2.0 * (4 / own) ** 0.5
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4))
+def test_padding_what_was_cut_gives_the_same_product(own: int) -> None:
+    whole = adapter(4, 2.0)
+    part = cut_adapter(whole, own, FEDAVG.cut, by_rank)
+    back = padded(part.tensors(), whole, by_rank)
+    made = whole.with_tensors(back).layers[LAYER]
+    assert made.A.shape == (4, 5) and made.B.shape == (6, 4)
+    torch.testing.assert_close(made.product(), part.layers[LAYER].product())
+    assert torch.equal(back["classifier.weight"], whole.extras["classifier.weight"])
+
+
+def test_scaling_by_hand() -> None:
+    """alpha = 16: 2 at rank 8, 4 at rank 4; a rank-4 client's B counts twice."""
+    whole = adapter(8, 2.0)
+    part = cut_adapter(whole, 4, FEDAVG.cut, by_rank).layers[LAYER]
+    assert part.scaling == 4.0
+    assert torch.equal(part.B, whole.layers[LAYER].B[:, :4] / 2)
+    sent = {f"{LAYER}.lora_B.weight": part.B}
+    assert torch.equal(padded(sent, whole, by_rank)[f"{LAYER}.lora_B.weight"][:, :4], 2 * part.B)
+
+
+def test_ranks_go_to_clients_in_the_order_of_names() -> None:
+    memory = {"0": 0, "1": 0, "10": 0}
+    assert assigned([8, 4, 2], 8, memory) == {"0": 8, "1": 4, "10": 2}
+    assert assigned(None, 8, memory) == {}
+
+
+def test_by_memory_halves_until_it_fits() -> None:
+    gib = 1 << 30
+    memory = {"a": 64 * gib, "b": 63 * gib, "c": 32 * gib, "d": 10 * gib, "e": 0, "f": gib // 4}
+    ranks = assigned("by-memory", 16, memory)
+    assert ranks == {"a": 16, "b": 16, "c": 8, "d": 2, "e": 16, "f": 1}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said", "remedy"),
+    [
+        ({"federation.ranks": [8, 4]}, "names 2 ranks for 3 clients", "one rank for each"),
+        ({"federation.ranks": [8, 4, 9]}, "holds 9, and adapter.rank is 8", "adapter.rank"),
+        (
+            {"federation.ranks": [8, 4, 2], "strategy.name": "lora-fair"},
+            "lora-fair needs all clients to have one rank",
+            "flexlora",
+        ),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    chosen: dict[str, object], said: str, remedy: str
+) -> None:
+    config = Config().with_overrides({"federation.clients": 3, **chosen})
+    rule = build_rule(config.strategy.name, config.strategy.options)
+    with pytest.raises(ConfigError) as caught:
+        check_rule(rule, config)
+    assert said in caught.value.message and remedy in caught.value.remedy
+
+
+def test_layers_of_the_clients_rank_or_less_are_left_as_they_are() -> None:
+    whole = adapter(2, 2.0)
+    assert cut_adapter(whole, 3, FEDAVG.cut, by_rank).layers[LAYER] is whole.layers[LAYER]
+    assert replace(whole, residual={}).digest() == whole.digest()
