@@ -1,7 +1,7 @@
 """The dense or naive computations that rules stand for, and what the two are compared by.
 
-"By definition" makes a matrix a client, as a direct reading of a formula does; "in place" adds every
-product to one matrix. All hold the updates in a list and stay in float32.
+"By definition" makes a matrix a client, as a direct reading of a formula does; "in place" adds
+every product to one matrix. All hold the updates in a list and stay in float32.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def held(work: Prepared) -> Updates:
 
 def means(updates: Updates, shares: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
     """Bbar and Abar."""
-    p = torch.tensor(shares or [u.share for u in updates]).to(updates[0].factors.A)
+    given = torch.tensor(shares or [u.share for u in updates], dtype=torch.float64)
+    p = given.to(updates[0].factors.A)
     B = torch.stack([u.factors.B for u in updates])
     A = torch.stack([u.factors.A for u in updates])
     return torch.einsum("k,kij->ij", p, B), torch.einsum("k,kij->ij", p, A)

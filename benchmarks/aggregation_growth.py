@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from typing import Any
 
 from aggregation_measure import DTYPES, measure
-from aggregation_workload import one_layer, prepared, update_of, with_peak
+from aggregation_workload import fill, one_layer, prepared, with_peak
 from rich.console import Console
 from rich.table import Table
 
@@ -48,14 +49,11 @@ def growth(console: Console, args: argparse.Namespace) -> None:
 
 def residual_by_round(console: Console, args: argparse.Namespace) -> None:
     """Print what a residual costs as it grows, in full and with a bound on its rank."""
-    table = Table(title=f"{RESIDUAL}, one layer, round by round: rank of the residual, s, MB")
+    table = Table(title=f"{RESIDUAL} on one layer, from round to round: residual's rank, s, MB")
     table.add_column("round", justify="right")
-    columns = []
-    for options in ({}, {"max-rank": CAPPED}):
-        table.add_column(
-            " ".join(f"{k}={v}" for k, v in options.items()) or "in full", justify="right"
-        )
-        columns.append(rounds(options, args))
+    table.add_column("in full", justify="right")
+    table.add_column(f"max-rank={CAPPED}", justify="right")
+    columns = (rounds(options, args) for options in ({}, {"max-rank": CAPPED}))
     for number, cells in enumerate(zip(*columns, strict=True), start=1):
         table.add_row(str(number), *cells)
     console.print(table)
@@ -67,10 +65,10 @@ def rounds(options: dict[str, Any], args: argparse.Namespace) -> list[str]:
     told = []
     with prepared(rule, one_layer(args.width), *given) as work:
         current = work.current
-        for round in range(2, ROUNDS + 2):
-            made, seconds, extra = with_peak(
-                lambda at=current, n=round: aggregate(rule, work.spool, at, {}, n), args.device
-            )
+        for round in range(1, ROUNDS + 1):
+            fill(work.spool, rule, current, args.clients, dtype, first=1000 * round)
+            call = partial(aggregate, rule, work.spool, current, {}, round)
+            made, seconds, extra = with_peak(call, args.device)
             current = made.adapter
             (residual,) = current.residual.values()
             told.append(f"{residual.rank}, {seconds:.2f}, {extra:.0f}")

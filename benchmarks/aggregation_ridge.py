@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedgraft.adapter import LoraLayer
 from strategies.lora_fair import LoRAFair, LoRAFairOptions
 from strategies.means import weighted_mean
 from strategies.ridge import ridge_correction

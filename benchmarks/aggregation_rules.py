@@ -79,10 +79,10 @@ def every_rule(console: Console, args: argparse.Namespace) -> bool:
             table.add_row(label_of(name, options), *[""] * 6, f"FAILED: {error}")
             continue
         costs.append(cost)
-        met = "MISSED " + ", ".join(cost.missed) if cost.missed else "met"
+        told = "MISSED " + ", ".join(cost.missed) if cost.missed else "met"
         large = (cost.whole_seconds, cost.whole_extra, cost.whole_made)
         numbers = (f"{cost.seconds:.2f}", f"{cost.extra:.1f}", *(f"{value:.0f}" for value in large))
-        table.add_row(cost.label, cost.measured, *numbers, met)
+        table.add_row(cost.label, cost.measured, *numbers, told)
     console.print(table)
     failed = table.row_count - len(costs)
     met = not failed and not any(cost.missed for cost in costs)
@@ -133,10 +133,11 @@ def cost_of(name: str, options: dict[str, Any], args: argparse.Namespace) -> Cos
         RuntimeError: its process failed.
     """
     whole = llama(width=args.width)
+    size: Callable[[Iterable[int]], int] = sum
+    shapes, measured = llama(args.blocks, args.width), f"{args.blocks} of {BLOCKS}"
     if issubclass(rule_class(name), Coordinatewise):
-        shapes, measured, size = one_layer(args.width), f"{args.width} x {args.width}", math.prod
-    else:
-        shapes, measured, size = llama(args.blocks, args.width), f"{args.blocks} of {BLOCKS}", sum
+        size = math.prod
+        shapes, measured = one_layer(args.width), f"{args.width} x {args.width}"
     found = (measure if args.quick else in_child)(name, options, shapes, args)
     left = found["made"] * sized(sum, whole) / sized(sum, shapes)
     return Cost(

@@ -125,10 +125,22 @@ def prepared(
         for k in range(2):
             spool.add(str(k), 1.0, update_of(start, k, rule, 1, dtype))
         first = aggregate(rule, spool, start, {}, 1)
-        spool.clear()
-        for k in range(clients):
-            spool.add(str(k), 100.0 + k, update_of(first.adapter, k, rule, ROUND, dtype))
+        fill(spool, rule, first.adapter, clients, dtype)
         yield Prepared(rule, spool, first.adapter, first.state)
+
+
+def fill(
+    spool: UpdateSpool,
+    rule: Rule,
+    current: Adapter,
+    clients: int,
+    dtype: torch.dtype,
+    first: int = 0,
+) -> None:
+    """Put a round's updates in place of those in a spool; `first` gives other numbers."""
+    spool.clear()
+    for k in range(clients):
+        spool.add(str(k), 100.0 + k, update_of(current, first + k, rule, ROUND, dtype))
 
 
 def made_bytes(made: Aggregated) -> int:

@@ -64,4 +64,6 @@ def _core(basis: Tensor, value: Tensor) -> Tensor:
     """
     U = basis.double()
     solution: Tensor = torch.linalg.solve(U.T @ U, U.T @ value.double())
-    return solution.to(value.dtype)
+    # solve gives columns in a row, and torch's fused optimizers step a parameter and a gradient of
+    # different layouts as if they had the same
+    return solution.to(value.dtype).contiguous()

@@ -14,11 +14,16 @@ Sparse in transit and dense in training is the paper's point: sparsity kept thro
 far more. A zero costs a bit, any other entry four bytes more, so a density q costs about
 q + 1/32 of the dense bytes. Extras travel whole both ways.
 
+Sending down what is large keeps back what is new: at first B is small and A is not, and while B
+stays below the largest entries of A clients never see what it learned. So by default all goes down,
+as in the published code, and a quarter comes up; try lower `strategy.density-down` with that in
+mind.
+
 Differences from the published code: it averages clients alike, here p_k weighs them as everywhere;
 its server steps with PyTorch's AdamW (learning rate 1e-3 for 200 rounds, bias correction, weight
 decay 0.01), here with the FedAdam of Reddi et al. (`strategies.server_optimizer`), whose learning
-rate is 0.01 unless `strategy.server-lr` says otherwise; its densities are 1 unless set, here 1/4.
-`strategy.server-optimizer=none` takes the plain average.
+rate is 0.01 unless `strategy.server-lr` says otherwise. `strategy.server-optimizer=none` takes the
+plain average.
 
 The server needs sums only, but which entries a client sends tells something of its data, and where
 clients' messages must not be seen singly they are sent whole and nothing is saved.
@@ -48,7 +53,7 @@ class FLASCOptions(SteppedOptions):
         server_optimizer: as for other rules, FedAdam by default.
     """
 
-    density_down: Fraction = 0.25
+    density_down: Fraction = 1.0
     density_up: Fraction = 0.25
     server_optimizer: Literal["none", "avgm", "adagrad", "yogi", "adam"] = "adam"
 
