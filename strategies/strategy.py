@@ -7,8 +7,7 @@
     result = strategy.start(grid, ArrayRecord(get_peft_model_state_dict(model)), num_rounds=10)
 
 It samples by client name from the run's seed, refuses bad updates and goes on with the rest, spools
-updates to disk and folds them in the order of names. Flower's own loop in `Strategy.start` has no
-first round, no hooks and holds every reply in memory; the one here has the first two and does not.
+updates to disk and folds them in the order of names. Its loop is `strategies.round_loop`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,8 @@ from strategies.ranks import RankScaling, assigned, by_rank
 from strategies.registry import build_rule
 from strategies.replies import Training, evaluation, in_order, mean_metrics
 from strategies.requests import Requests
-from strategies.roster import Roster, exchange
+from strategies.roster import Roster
+from strategies.round_loop import RoundLoop
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
 from strategies.rule import Rule
 from strategies.spool import UpdateSpool
@@ -161,62 +161,20 @@ class AdapterStrategy(Strategy):
         Raises:
             RunError: too few clients connected, or too few usable updates in a round.
         """
-        deadline = self.deadline if self.deadline is not None else timeout
         self.summary()
-        state = resume or self._initial_state(initial_arrays)
-        self._adopt(state)
-        self.roster.wait(grid, self.clients, deadline)
-        if resume is None:
-            state = replace(state, ranks=self._smaller_ranks(state.adapter))
-            self._adopt(state)
-        result = Result(arrays=self._current_arrays())
-        self._evaluate_centrally(evaluate_fn, state.round, result)
-        before = RoundOutcome(
-            state,
-            validation=self._validate(grid, state.round, evaluate_config, deadline, result),
-            test=self._test(grid, state.round, evaluate_config, deadline),
+        loop = RoundLoop(
+            strategy=self,
+            grid=grid,
+            last=num_rounds,
+            deadline=self.deadline if self.deadline is not None else timeout,
+            train_config=train_config or ConfigRecord(),
+            evaluate_config=evaluate_config or ConfigRecord(),
+            evaluate_fn=evaluate_fn,
         )
-        self.hooks.on_start(before, self.roster.descriptions)
         try:
-            for round in range(state.round + 1, num_rounds + 1):
-                outcome = self._round(
-                    grid, round, num_rounds, train_config, evaluate_config, deadline, result
-                )
-                self._evaluate_centrally(evaluate_fn, round, result)
-                if self.hooks.on_round(outcome):
-                    break
-            assert self._state is not None
-            last = self._state.round
-            self.hooks.on_end(self._test(grid, last, evaluate_config, deadline))
+            return loop.run(resume or self._initial_state(initial_arrays), new=resume is None)
         finally:
             self._close()
-        return result
-
-    def _round(
-        self,
-        grid: Grid,
-        round: int,
-        last: int,
-        train_config: ConfigRecord | None,
-        evaluate_config: ConfigRecord | None,
-        deadline: float,
-        result: Result,
-    ) -> RoundOutcome:
-        began = time.perf_counter()
-        config = train_config or ConfigRecord()
-        messages = self.configure_train(round, self._current_arrays(), config, grid)
-        arrays, metrics = self.aggregate_train(round, self._timed(grid, messages, deadline, began))
-        assert self._outcome is not None
-        assert arrays is not None
-        result.arrays = arrays
-        if metrics is not None:
-            result.train_metrics_clientapp[round] = metrics
-        began = time.perf_counter()
-        validation = {}
-        if self.evaluate_every and (round % self.evaluate_every == 0 or round == last):
-            validation = self._validate(grid, round, evaluate_config, deadline, result)
-        seconds = self._outcome.seconds | {"validate": time.perf_counter() - began}
-        return replace(self._outcome, validation=validation, seconds=seconds)
 
     # What Flower calls
 
@@ -247,19 +205,17 @@ class AdapterStrategy(Strategy):
         Raises:
             RunError: fewer usable updates than `min_clients`, with every client's reason.
         """
-        assert self._state is not None
         spool = self._open_spool()
         spool.clear()  # of a round that failed
         training = self._collect(server_round, replies, spool)
-        assert self._outcome is not None
         trained = time.perf_counter()
         training.require(server_round, self.min_clients)
-        current = self._state.adapter
+        current = self.state.adapter
         made = aggregate(
             self.rule,
             spool,
             current,
-            self._state.rule,
+            self.state.rule,
             server_round,
             seed=self.seed,
             participation=len(spool.clients) / max(1, len(self.roster.names())),
@@ -268,31 +224,31 @@ class AdapterStrategy(Strategy):
             log.info("Round %d: %s", server_round, note)
         bias = aggregation_bias(self.rule, spool, current, made.adapter, server_round)
         spool.clear()
-        self._adopt(self._next_state(server_round, made, training))
+        self.adopt(self._next_state(server_round, made, training))
         self._outcome = replace(
-            self._outcome,
-            state=self._state,
+            self.outcome,
+            state=self.state,
             reports=in_order(training.reports),
             failed=in_order(training.failed),
             refused=in_order(training.refused),
             bytes_up=training.bytes_up,
             bias=bias,
             notes=made.notes,
-            seconds=self._outcome.seconds | {"aggregate": time.perf_counter() - trained},
+            seconds=self.outcome.seconds | {"aggregate": time.perf_counter() - trained},
         )
-        return self._current_arrays(), mean_metrics(self._outcome.reports)
+        return self.current_arrays(), mean_metrics(self.outcome.reports)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the whole adapter to every client that is there."""
-        return self._ask(server_round, self._state_for(server_round, arrays), config, grid)
+        return self.ask(server_round, self._state_for(server_round, arrays), config, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the clients' metrics, weighted by their examples."""
-        return mean_metrics(self._reports(server_round, replies))
+        return mean_metrics(self.reports(server_round, replies))
 
     # Steps of a round
 
@@ -312,7 +268,7 @@ class AdapterStrategy(Strategy):
         send = plan.send if derives or not plan.derive_A else plan.send | {"A"}
         common = TrainRequest(
             round=round,
-            arrays=self._current_arrays(),
+            arrays=self.current_arrays(),
             train="".join(sorted(plan.train)) if training else "",
             lineage=self.lineage,
             a_hash=digest(state.adapter.tensors({"A"}, extras=False)) if derives else "",
@@ -322,7 +278,7 @@ class AdapterStrategy(Strategy):
         )
         return Requests(self.rule, state, common, self.rank_scaling, send, start, training)
 
-    def _ask(
+    def ask(
         self,
         round: int,
         state: StrategyState,
@@ -342,7 +298,7 @@ class AdapterStrategy(Strategy):
             for name in self.roster.names()
         ]
 
-    def _smaller_ranks(self, adapter: Adapter) -> dict[str, int]:
+    def smaller_ranks(self, adapter: Adapter) -> dict[str, int]:
         """Return the clients whose rank is smaller than the adapter's."""
         largest = max((layer.rank for layer in adapter.layers.values()), default=0)
         memory = {name: self.roster.memory.get(name, 0) for name in self.roster.names()}
@@ -350,8 +306,7 @@ class AdapterStrategy(Strategy):
         return {name: rank for name, rank in found.items() if rank < largest}
 
     def _next_state(self, round: int, made: Aggregated, training: Training) -> StrategyState:
-        assert self._state is not None
-        old, answered = self._state, training.reports.keys()
+        old, answered = self.state, training.reports.keys()
         holders: frozenset[str] = frozenset()
         if self._constants_hash:
             same = old.constants_hash == self._constants_hash
@@ -367,24 +322,19 @@ class AdapterStrategy(Strategy):
             constants_hash=self._constants_hash,
         )
 
-    def _timed(
-        self, grid: Grid, messages: Iterable[Message], deadline: float, began: float
-    ) -> Iterator[Message]:
-        yield from exchange(grid, messages, deadline)
-        assert self._outcome is not None
-        seconds = {"train": time.perf_counter() - began}
-        self._outcome = replace(self._outcome, seconds=seconds)
+    def note_seconds(self, phase: str, seconds: float) -> None:
+        """Keep with the round how long one of its phases took."""
+        spent = self.outcome.seconds | {phase: seconds}
+        self._outcome = replace(self.outcome, seconds=spent)
 
     def _collect(self, round: int, replies: Iterable[Message], spool: UpdateSpool) -> Training:
-        assert self._state is not None
-        assert self._outcome is not None
-        adapter, plan = self._state.adapter, self.rule.plan(round)
+        adapter, plan = self.state.adapter, self.rule.plan(round)
         intake = Intake(
             adapter,
             frozenset(adapter.tensors(plan.train, extras=plan.extras)),
             max_norm=ABSURD * max(1.0, norm(adapter.tensors())),
             companions=self.rule.companion_shapes(adapter, round),
-            ranks=self._state.ranks,
+            ranks=self.state.ranks,
             scaling=self.rank_scaling,
             prunes=self.rule.prunes,
             differences=plan.sparse,
@@ -396,39 +346,12 @@ class AdapterStrategy(Strategy):
             if trouble:
                 log.warning("Round %d, client %s: %s", round, client, trouble)
             self.hooks.on_reply(round, client, trouble)
-        for client in training.missing(self._outcome.sampled):
+        for client in training.missing(self.outcome.sampled):
             self.hooks.on_reply(round, client, training.failed[client])
         return training
 
-    def _validate(
-        self,
-        grid: Grid,
-        round: int,
-        config: ConfigRecord | None,
-        deadline: float,
-        result: Result,
-    ) -> dict[str, ClientReport]:
-        if not self.evaluate_every:
-            return {}
-        arrays = self._current_arrays()
-        messages = self.configure_evaluate(round, arrays, config or ConfigRecord(), grid)
-        reports = self._reports(round, exchange(grid, messages, deadline))
-        metrics = mean_metrics(reports)
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[round] = metrics
-        return reports
-
-    def _test(
-        self, grid: Grid, round: int, config: ConfigRecord | None, deadline: float
-    ) -> dict[str, ClientReport]:
-        """Let every client test what it holds, where a part of that never leaves it."""
-        if not self.rule.capabilities.personal:
-            return {}
-        assert self._state is not None
-        messages = self._ask(round, self._state, config or ConfigRecord(), grid, split="test")
-        return self._reports(round, exchange(grid, messages, deadline))
-
-    def _reports(self, round: int, replies: Iterable[Message]) -> dict[str, ClientReport]:
+    def reports(self, round: int, replies: Iterable[Message]) -> dict[str, ClientReport]:
+        """Return what clients report of an evaluation, in natural order; the log has the rest."""
         reports: dict[str, ClientReport] = {}
         for message in replies:
             client = self.roster.name_of(message.metadata.src_node_id)
@@ -439,32 +362,32 @@ class AdapterStrategy(Strategy):
                 reports[client] = report
         return in_order(reports)
 
-    def _evaluate_centrally(
-        self,
-        evaluate: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-        round: int,
-        result: Result,
-    ) -> None:
-        if evaluate is None:
-            return
-        metrics = evaluate(round, self._current_arrays())
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[round] = metrics
-
     # State
+
+    @property
+    def state(self) -> StrategyState:
+        """What the next round starts from; there is one once the strategy has started."""
+        assert self._state is not None
+        return self._state
+
+    @property
+    def outcome(self) -> RoundOutcome:
+        """The last round; there is one once a round has been configured."""
+        assert self._outcome is not None
+        return self._outcome
 
     def _initial_state(self, arrays: ArrayRecord) -> StrategyState:
         return StrategyState(0, Adapter.from_tensors(from_arrays(arrays), self.scaling))
 
-    def _adopt(self, state: StrategyState) -> None:
+    def adopt(self, state: StrategyState) -> None:
+        """Go on from a state."""
         self._state = state
         self._arrays = None
 
-    def _current_arrays(self) -> ArrayRecord:
+    def current_arrays(self) -> ArrayRecord:
         """Return the whole adapter encoded, once a round."""
-        assert self._state is not None
         if self._arrays is None:
-            self._arrays = to_arrays(self._state.adapter.tensors())
+            self._arrays = to_arrays(self.state.adapter.tensors())
         return self._arrays
 
     def _state_for(self, round: int, arrays: ArrayRecord) -> StrategyState:
@@ -474,9 +397,8 @@ class AdapterStrategy(Strategy):
             adapter = Adapter.from_tensors(tensors, self.scaling)
             before = self._state or StrategyState(0, adapter)
             adapter = replace(adapter, residual=before.adapter.residual)
-            self._adopt(replace(before, round=round - 1, adapter=adapter))
+            self.adopt(replace(before, round=round - 1, adapter=adapter))
             self._arrays = arrays
-        assert self._state is not None
         return self._state
 
     def _open_spool(self) -> UpdateSpool:

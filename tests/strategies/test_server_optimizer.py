@@ -189,4 +189,4 @@ def test_rounds_go_on_from_a_checkpoint_bit_for_bit(name: str, kind: Kind, tmp_p
 
 def test_defaults_by_kind() -> None:
     rates = {name: build_rule(name).server_optimizer.lr for name, _ in NAMED}  # type: ignore[union-attr]
-    assert rates == {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01, "fedadagrad": 0.01}
+    assert rates == {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01, "fedadagrad": 0.03}
