@@ -399,7 +399,7 @@ class AdapterStrategy(Strategy):
             adapter = replace(adapter, residual=before.adapter.residual)
             self.adopt(replace(before, round=round - 1, adapter=adapter))
             self._arrays = arrays
-        return self._state
+        return self.state
 
     def _open_spool(self) -> UpdateSpool:
         if self._spool is None:
