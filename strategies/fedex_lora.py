@@ -49,9 +49,10 @@ class FedExLoRA(PerClientRule):
         """Return the means, and the residual with this round's averaging error added."""
         mean = weighted_mean((u.share, {"A": u.factors.A, "B": u.factors.B}) for u in updates)
         A, B = mean["A"], mean["B"]
-        scaling, last = context.current.scaling, updates[-1].factors.A.double()
+        scaling, last = context.current.scaling, updates[-1].factors.A
+        # float32 holds a difference to 6e-8 of itself, however small it is
         terms = [
-            (scaling * u.share, u.factors.B.double() - B, u.factors.A.double() - last)
+            (scaling * u.share, (u.factors.B - B).float(), u.factors.A - last)
             for u in updates[:-1]
         ]
         held = scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())  # ||s Bbar Abar||^2

@@ -74,6 +74,8 @@ class FLASC(SumOnlyRule):
 
     def outgoing(self, adapter: Adapter, round: int) -> Adapter:
         """Return the adapter with only its largest LoRA entries; the extras are whole."""
+        if self.options.density_down == 1.0:
+            return adapter
         factors = adapter.tensors(extras=False)
         entries = sum(tensor.numel() for tensor in factors.values())
         sizes = {name: tensor.abs() for name, tensor in factors.items()}

@@ -24,10 +24,10 @@ class SteppedOptions(RuleOptions):
 
     Attributes:
         server_optimizer: which one; `none` takes the rule's result as it is.
-        server_lr: its learning rate; when unset 1 for avgm, 0.01 for yogi and adam, 0.03 for adagrad,
-            about what LoRA factors move in a round.
+        server_lr: its learning rate; when unset 1 for avgm, 0.01 for yogi and adam and 0.03 for
+            adagrad, about what LoRA factors move in a round.
         server_momentum: beta1. The papers' 0.9 remembers ten rounds, a large part of a fine-tuning
-            run: on digits, over 40 rounds, 0.5 was the better one for every optimiser.
+            run: over 40 rounds of digits 0.5 ended 2 to 7 points above it (avgm and adam).
         server_beta2: of yogi and adam.
         server_tau: the degree of adaptivity of all but avgm.
     """

@@ -5,8 +5,9 @@ joins late would have missed it, so the sum of all of them so far is kept beside
 B (d_out, m) and A (m, d_in) of scaling 1, sent to every client and exported with the adapter. It
 grows by up to K r ranks a round; a singular value decomposition cuts it back to what the energy
 asked for needs (`strategies.low_rank.to_energy`), and to min(d_out, d_in) at most. Where all of the
-energy is asked for and there are hundreds of ranks in a larger layer, nothing could be cut and the
-factors are stacked as they are.
+energy is asked for and there are hundreds of ranks in a large layer, nothing is worth looking for:
+the factors are stacked as they are, and from the layer's own min(d_out, d_in) ranks on the sum is
+one dense matrix beside an identity.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fedgraft.adapter import LoraLayer
-from strategies.low_rank import Term, stacked, to_energy
+from strategies.low_rank import Term, to_energy, uncut
 from strategies.options import RuleOptions
 
 
@@ -55,6 +56,6 @@ def grown(
     if not whole:
         return None
     lossless = options.energy == 1.0 and options.max_rank is None
-    pair = stacked(whole) if lossless else None
+    pair = uncut(whole) if lossless else None
     B, A = pair or to_energy(whole, options.energy, options.max_rank, beside=beside)
     return LoraLayer(A, B, 1.0) if len(A) else None

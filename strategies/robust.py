@@ -6,9 +6,9 @@ invents one. Distances here are those of what changes the model,
 
     d(i, j)^2 = sum over layers ||s (B_i A_i - B_j A_j)||_F^2 + sum over extras ||v_i - v_j||^2,
 
-and come from Gram matrices of the factors (`strategies.gram`). A rule that `Surveyed` hosts turns
-them into a share for every client; the new adapter is the best rank-r approximation of the products
-so weighted, or one client's factors as they are where that client alone is taken.
+and come from Gram matrices of the factors (`strategies.gram`). Subclasses of `Surveyed` turn them
+into a share for every client; the new adapter is the best rank-r approximation of the products so
+weighted, or one client's factors as they are where that client alone is taken.
 
 How many clients are hostile is not known. Where a rule needs the number f, `strategy.byzantine`
 names it; unset, it is the largest with n >= 3 f + 1 for the round's n updates.

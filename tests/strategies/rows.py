@@ -72,7 +72,7 @@ ROWS = [
     Row("flora", product=mean_of_products, identity="product", exact_bits=False),
     Row("hetlora", oracle=dense.by_norms),
     Row("rolora", factors="B", oracle=dense.means),
-    # the next six are tested in test_robust.py: they see more than one layer, or have no formula
+    # the next six are tested in test_weighing_rules.py, test_coordinatewise.py and test_robust.py
     Row("krum"),
     Row("multi-krum", identity="product", exact_bits=False),
     Row("geometric-median", identity="product", exact_bits=False),

@@ -71,8 +71,9 @@ def test_the_largest_differences_come_up_by_hand() -> None:
 @pytest.mark.parametrize("optimizer", ["none", "adam"])
 def test_the_server_steps_its_own_dense_adapter_by_the_mean_difference(optimizer: str) -> None:
     """Two rounds against dense numpy: D from what clients held, added to what the server holds."""
+    settings = {"server-lr": 0.01, "server-momentum": 0.9, "server-beta2": 0.99, "server-tau": 1e-3}
     options = {"density-down": 0.5, "density-up": 0.2, "server-optimizer": optimizer}
-    rule = build_rule("flasc", options)
+    rule = build_rule("flasc", options | settings)
     adapter, clients = world()
     host = Server(rule, adapter)
     m: dict[str, np.ndarray] = {}

@@ -101,6 +101,22 @@ def test_hundreds_of_ranks_in_a_larger_layer_are_stacked_as_they_are(
     np.testing.assert_allclose(joined(again), 2 * DW, atol=1e-6 * np.linalg.norm(DW))
 
 
+@pytest.mark.parametrize(("d_out", "d_in"), [(9, 14), (14, 9)])
+def test_a_full_residual_is_one_dense_matrix_without_a_decomposition(
+    monkeypatch: pytest.MonkeyPatch, d_out: int, d_in: int
+) -> None:
+    monkeypatch.setattr(low_rank, "_EXACT", 5)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    fed = federation(np.random.default_rng(5), d_out=d_out, d_in=d_in, r=3, weights=[1.0, 2.0])
+    total = np.zeros((d_out, d_in))
+    for round, rank in ((1, 6), (2, 9), (3, 9)):
+        total += 2.0 * dense.ideal(fed.clients())
+        made = play(fed, round=round)
+        assert made.residual[LAYER].rank == rank
+        np.testing.assert_allclose(joined(made), total, atol=1e-6 * np.linalg.norm(total))
+        fed = replace(fed, current=made)
+
+
 @pytest.mark.parametrize(("energy", "rank"), [(0.5, None), (0.9999, None), (1.0, 3), (0.5, 1)])
 def test_compression_keeps_the_stated_energy(energy: float, rank: int | None) -> None:
     fed = federation(np.random.default_rng(2), d_out=20, d_in=30, r=4, weights=[1.0] * 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,12 @@ from miniature import HEAD, Server, world
 
 from fedgraft.adapter import factor_name
 from fedgraft.config import Config, ConfigError
+from strategies.aggregation import aggregate
 from strategies.lora_a2 import rank_scores
+from strategies.ranks import by_rank, cut_adapter
 from strategies.registry import build_rule
+from strategies.spool import UpdateSpool
+from strategies.validation import Intake
 
 LAYER = "model.layers.0.q_proj"
 
@@ -122,3 +128,32 @@ def test_a_budget_above_the_pool_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"budget is 5.*adapter\.rank = 4") as caught:
         build_rule("lora-a2", {"budget": 5.0}).check(config)
     assert "rolora" in caught.value.remedy
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_clients_of_smaller_ranks_change_the_product_by_their_own_change(
+    round: int, tmp_path: Path
+) -> None:
+    """A pool of 3 ranks, clients that hold 1, 2 and 3 of them: nothing of the rest is averaged."""
+    rng = np.random.default_rng(5)
+    adapter, clients = world(layers=1, r=3)
+    B = torch.from_numpy(rng.standard_normal((5, 3))).float()
+    adapter = adapter.with_tensors({factor_name(LAYER, "B"): B})
+    rule = build_rule("lora-a2", {"budget": 1.0})
+    ranks = {"0": 1, "1": 2}
+    names = frozenset(adapter.tensors(rule.plan(round).train))
+    intake = Intake(adapter, names, 1e9, {}, ranks, by_rank, differences=True)
+    spool, expected = UpdateSpool(tmp_path), adapter.layers[LAYER].product().double()
+    for k, client in clients.items():
+        rank = ranks.get(k, 3)
+        cut = cut_adapter(adapter, rank, rule.cut, by_rank)
+        client.scaling = cut.layers[LAYER].scaling
+        start = cut.tensors()
+        sent = rule.local(client.work(rule, round, start, {})).tensors
+        after = cut.with_tensors(sent).layers[LAYER].product() - cut.layers[LAYER].product()
+        expected = expected + client.weight / 6 * after.double()
+        difference = {name: tensor - start[name] for name, tensor in sent.items()}
+        assert intake.check(k, difference, {}, client.weight) == ranks.get(k)
+        spool.add(k, client.weight, intake.in_server_terms(difference, ranks.get(k)))
+    made = aggregate(rule, spool, adapter, {}, round).adapter.layers[LAYER]
+    torch.testing.assert_close(made.product().double(), expected, rtol=0, atol=1e-5)
