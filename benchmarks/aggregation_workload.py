@@ -8,7 +8,6 @@ every layer: only their sizes count.
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import statistics
 import sys
@@ -34,6 +33,8 @@ Shapes = Mapping[str, tuple[int, int]]
 """d_out and d_in by layer name."""
 Result = TypeVar("Result")
 
+FAILURES = (RuntimeError, TypeError, ValueError)
+"""What a rule raises that mixes an accelerator's tensors with the CPU's."""
 ROUND = 2
 """The round that is measured: the first in which all rules have their state."""
 _ENOUGH = 10.0  # seconds after which a function is not called again
@@ -182,7 +183,6 @@ def with_peak(function: Callable[[], Result], device: str = "cpu") -> tuple[Resu
 
     On the CPU that is resident memory, and Linux's; on an accelerator what torch allocated there.
     """
-    gc.collect()
     if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would hold what comes
         with suppress(OSError):  # not every kernel lets the peak be set back; it is then too high

@@ -52,8 +52,7 @@ class FedExLoRA(PerClientRule):
         scaling, last = context.current.scaling, updates[-1].factors.A
         # float32 holds a difference to 6e-8 of itself, however small it is
         terms = [
-            (scaling * u.share, (u.factors.B - B).float(), u.factors.A - last)
-            for u in updates[:-1]
+            (scaling * u.share, (u.factors.B - B).float(), u.factors.A - last) for u in updates[:-1]
         ]
         held = scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())  # ||s Bbar Abar||^2
         residual = grown(context.residual, terms, self.options, beside=held)
