@@ -159,11 +159,11 @@ def sized(size: Callable[[Iterable[int]], int], shapes: Shapes) -> int:
 def in_child(
     name: str, options: dict[str, Any], shapes: Shapes, args: argparse.Namespace
 ) -> dict[str, float]:
-    settings = ("rank", "clients", "width", "dtype", "blocks", "threads", "repeats", "device")
+    settings = ("rank", "clients", "width", "dtype", "blocks", "threads", "repeats", "once-above")
     command = [sys.executable, str(Path(__file__).with_name("aggregation_measure.py")), name]
     command += ["--options", json.dumps(options)] + ["--layer"] * (len(shapes) == 1)
-    for setting in settings:
-        command += [f"--{setting}", str(getattr(args, setting))]
+    for setting in (*settings, "device"):
+        command += [f"--{setting}", str(getattr(args, setting.replace("-", "_")))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])

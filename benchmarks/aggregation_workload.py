@@ -148,7 +148,7 @@ def made_bytes(made: Aggregated) -> int:
     """Bytes of what a round leaves: the adapter, its residual and the rule's state."""
     residual = [t for layer in made.adapter.residual.values() for t in (layer.A, layer.B)]
     tensors = [*made.adapter.tensors().values(), *residual, *made.state.values()]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 # Clocks and peaks

@@ -222,7 +222,9 @@ class AdapterStrategy(Strategy):
         )
         for note in made.notes:
             log.info("Round %d: %s", server_round, note)
-        bias = aggregation_bias(self.rule, spool, current, made.adapter, server_round)
+        bias = None
+        if self.rule.plan(server_round).train:  # where no factor comes up, there is no DW to miss
+            bias = aggregation_bias(self.rule, spool, current, made.adapter, server_round)
         spool.clear()
         self.adopt(self._next_state(server_round, made, training))
         self._outcome = replace(

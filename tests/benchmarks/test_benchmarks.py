@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from strategies.registry import rule_names
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -26,11 +28,31 @@ def test_fedgraft_ends_with_the_plain_loops_adapter(
     assert "FedGraft's adapter is (a)'s, within 1e-06: met" in printed
 
 
-def test_the_ridge_is_the_dense_computations(
+def test_every_rule_is_measured_and_is_its_dense_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load(monkeypatch, "aggregation").main(["--quick"]) == 0
-    assert "target: error < 1e-05: met" in capsys.readouterr().out
+    parts = ["--parts", "rules", "dense", "growth", "ridge"]
+    assert load(monkeypatch, "aggregation").main(["--quick", "--threads", "1", *parts]) == 0
+    printed = capsys.readouterr().out
+    for name in rule_names():
+        assert f"│ {name} " in printed
+    assert "FAILED" not in printed
+    assert "target: all apart by less than 0.001: met" in printed
+    assert "target: error < 1e-05: met" in printed
+
+
+def test_a_block_stands_for_the_whole_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: seconds and what is left by 32 blocks, a layer's work once; entries for the rest."""
+    rules = load(monkeypatch, "aggregation_rules")
+    args = load(monkeypatch, "aggregation").arguments(["--quick"])
+    found = {"seconds": 2.0, "extra": 7.0, "made": 5.0, "update": 5.0}
+    monkeypatch.setattr(rules, "measure", lambda *_: found)
+    cost = rules.cost_of("fedavg", {}, args)
+    assert (cost.whole_seconds, cost.whole_made, cost.whole_extra) == (64.0, 160.0, 162.0)
+    assert not cost.missed
+    cost = rules.cost_of("coordinate-median", {}, args)  # the middle is 172, a layer 64 x 64
+    assert cost.whole_seconds == pytest.approx(2.0 * 32 * (4 + 3 * 172 / 64))
+    assert "seconds" in cost.missed
 
 
 def test_the_plain_loop_trains_what_it_is_told_to(
