@@ -74,7 +74,8 @@ def every_rule(console: Console, args: argparse.Namespace) -> bool:
     costs: list[Cost] = []
     for name, options in chosen(args.rules):
         try:
-            cost = cost_of(name, options, args)
+            with console.status(f"measuring {label_of(name, options)}"):
+                cost = cost_of(name, options, args)
         except FAILURES as error:  # some need a CPU
             table.add_row(label_of(name, options), *[""] * 6, f"FAILED: {error}")
             continue
@@ -166,6 +167,7 @@ def in_child(
         command += [f"--{setting}", str(getattr(args, setting.replace("-", "_")))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        told = done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(*told or [f"its process ended with status {done.returncode}"])
     measured: dict[str, float] = json.loads(done.stdout)
     return measured
