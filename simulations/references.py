@@ -16,7 +16,7 @@ from fedgraft.adapter import Adapter
 from fedgraft.config import Config, TrainConfig
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.tasks.task import Examples, Task
-from strategies.strategy import sample_size
+from strategies.sampling import sample_size
 
 _BASE = ("task", "model", "evaluate.fraction", "evaluate.samples")
 _TRAINED = (

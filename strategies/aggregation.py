@@ -26,6 +26,7 @@ from strategies.rule import (
     PerClientRule,
     Rule,
     SumOnlyRule,
+    SurveyingRule,
     WeightedExtra,
     WeightedLayer,
 )
@@ -205,7 +206,7 @@ class _Round:
     def _weigh(self) -> list[str]:
         """Let a rule that weighs clients by their whole updates do so; return its notes."""
         rule = self.rule
-        if not isinstance(rule, PerClientRule) or not rule.surveys:
+        if not isinstance(rule, SurveyingRule):
             return []
         plan = rule.plan(self.round)
         total: Tensor | None = None

@@ -49,7 +49,7 @@ from strategies.rule import (
     ExtraContext,
     LayerContext,
     LayerResult,
-    PerClientRule,
+    SurveyingRule,
     Weighing,
     WeightedExtra,
     WeightedLayer,
@@ -70,7 +70,7 @@ class HetLoRAOptions(RuleOptions):
     min_rank: Annotated[int, Field(gt=0)] = 1
 
 
-class HetLoRA(PerClientRule):
+class HetLoRA(SurveyingRule):
     """Average padded factors, weighed by the norms of whole updates; clients prune their ranks."""
 
     name = "hetlora"
@@ -79,7 +79,6 @@ class HetLoRA(PerClientRule):
     capabilities = Capabilities(sum_only=False, mixed_ranks=True)
     Options = HetLoRAOptions
     options: HetLoRAOptions
-    surveys = True
     prunes = True
 
     # On the client

@@ -20,7 +20,7 @@ mixed. No server optimiser goes on top: the approximation makes the basis of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,9 +37,11 @@ from strategies.rule import (
     LayerContext,
     LayerResult,
     PerClientRule,
+    SurveyingRule,
     WeightedExtra,
     WeightedLayer,
 )
+from strategies.sampling import sample_size
 
 ROBUST = Capabilities(sum_only=False, mixed_ranks=True, extras="robust")
 """What all of these rules can do."""
@@ -72,8 +74,7 @@ def assumed_hostile(clients: int) -> int:
 
 def clients_a_round(config: Config) -> int:
     """Return how many clients a round of this config samples."""
-    federation = config.federation
-    return max(1, int(federation.fraction * federation.clients + 0.5))
+    return sample_size(config.federation.fraction, config.federation.clients)
 
 
 def best_layer(terms: Sequence[Term], current: LoraLayer) -> LoraLayer:
@@ -110,13 +111,12 @@ class ProductRule(PerClientRule):
         return made.with_factors({"A": made.A.to(layer.A.dtype), "B": made.B.to(layer.B.dtype)})
 
 
-class Surveyed(ProductRule):
+class Surveyed(ProductRule, SurveyingRule):
     """A rule that weighs clients by the inner products of their whole changes.
 
     A subclass defines `weigh`, whose survey is the Gram matrix (K, K) of what the clients changed.
     """
 
-    surveys: ClassVar[bool] = True
     capabilities = ROBUST
 
     def survey(self, updates: Sequence[WeightedLayer], context: LayerContext) -> Tensor:

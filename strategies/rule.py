@@ -300,21 +300,6 @@ class SumOnlyRule(Rule):
 class PerClientRule(Rule):
     """A rule that needs every client's own factors."""
 
-    surveys: ClassVar[bool] = False
-    """Whether the rule weighs clients by their whole updates before it combines any layer."""
-
-    def survey(self, updates: Sequence[WeightedLayer], context: LayerContext) -> Tensor:
-        """Measure one layer of all updates; measures are added up over layers and extras."""
-        raise NotImplementedError
-
-    def survey_extra(self, updates: Sequence[WeightedExtra], context: ExtraContext) -> Tensor:
-        """Measure one extra of all updates, in the shape of `survey`'s."""
-        raise NotImplementedError
-
-    def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
-        """Return the clients' shares from the measures of the whole adapter."""
-        raise NotImplementedError
-
     @abstractmethod
     def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:
         """Return the layer's new factors from all clients', in the order of client names."""
@@ -322,6 +307,22 @@ class PerClientRule(Rule):
     def combine_extra(self, updates: Sequence[WeightedExtra], context: ExtraContext) -> ExtraResult:
         """Return an extra's new value from all clients'; by default from the weighted mean."""
         return self.conclude_extra(mean_of_extras(updates, context.current), context)
+
+
+class SurveyingRule(PerClientRule):
+    """A rule that weighs clients by their whole updates before it combines any layer."""
+
+    @abstractmethod
+    def survey(self, updates: Sequence[WeightedLayer], context: LayerContext) -> Tensor:
+        """Measure one layer of all updates; measures are added up over layers and extras."""
+
+    @abstractmethod
+    def survey_extra(self, updates: Sequence[WeightedExtra], context: ExtraContext) -> Tensor:
+        """Measure one extra of all updates, in the shape of `survey`'s."""
+
+    @abstractmethod
+    def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
+        """Return the clients' shares from the measures of the whole adapter."""
 
 
 def mean_of_extras(updates: Sequence[WeightedExtra], current: Tensor) -> Tensors:

@@ -50,6 +50,7 @@ from strategies.roster import Roster
 from strategies.round_loop import RoundLoop
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
 from strategies.rule import Rule
+from strategies.sampling import sample_size
 from strategies.spool import UpdateSpool
 from strategies.validation import Intake, norm
 
@@ -422,8 +423,3 @@ class AdapterStrategy(Strategy):
 def _payload(request: TrainRequest) -> int:
     beside = payload_bytes(request.companions) if request.companions is not None else 0
     return payload_bytes(request.arrays) + beside
-
-
-def sample_size(fraction: float, clients: int) -> int:
-    """Return how many of the clients a round samples: at least one, halves rounded up."""
-    return max(1, int(fraction * clients + 0.5))

@@ -17,7 +17,7 @@ from fedgraft.adapter import Adapter, Tensors
 from fedgraft.config import Config, ConfigError
 from strategies.registry import build_rule
 from strategies.robust import clients_a_round
-from strategies.strategy import sample_size
+from strategies.sampling import sample_size
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ROBUST = [

@@ -33,7 +33,8 @@ from fedgraft.messages import Reply
 from simulations.in_process import InProcessGrid
 from strategies.fedavg import MEANS
 from strategies.rule import Capabilities, LayerContext, LayerResult, Phase, SumOnlyRule
-from strategies.strategy import AdapterStrategy, sample_size
+from strategies.sampling import sample_size
+from strategies.strategy import AdapterStrategy
 
 # Order and names
 
