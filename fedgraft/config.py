@@ -7,10 +7,9 @@ key. The defaults run: the digits task, six clients, FedAvg.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,25 +17,13 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 RUN_CONFIG_KEY = "fedgraft.config"
 """The one key under which a resolved config travels as JSON in Flower's run config."""
-_OTHER_WORDS = {
-    "learning-rate": "lr",
-    "lora-alpha": "alpha",
-    "lora-dropout": "dropout",
-    "lora-rank": "rank",
-    "r": "rank",
-    "target-modules": "targets",
-    "local-epochs": "epochs",
-    "local-steps": "steps",
-    "num-clients": "clients",
-    "num-rounds": "rounds",
-}
-"""What other programs call some of our keys."""
 RECORDED = ("run", "versions")
 """Tables of a run directory's config.toml that are a record of the run and not its config."""
 
@@ -328,59 +315,6 @@ def known_keys() -> list[str]:
         else:
             keys.append(written)
     return keys
-
-
-def config_error(
-    error: ValidationError, known: list[str], source: str = "", prefix: str = ""
-) -> ConfigError:
-    """Turn pydantic's first complaint into one sentence that names key, value and remedy."""
-    first = error.errors()[0]
-    key = prefix + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
-    where = f" in {source}" if source else ""
-    found = first.get("input")
-    if first["type"] == "extra_forbidden":
-        while isinstance(found, Mapping) and found:  # an unknown group: its first key says more
-            key, found = f"{key}.{next(iter(found))}", next(iter(found.values()))
-        guess = _nearest(key, known)
-        group = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        listed = ", ".join(group if "." in key and group else known)
-        remedy = f"Did you mean {guess}?" if guess else f"Known keys: {listed}."
-        return ConfigError(f"unknown config key {key}{where}", remedy)
-    reason = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return ConfigError(f"the config{where} contradicts itself: {reason}", "")
-    if first["type"] == "value_error":
-        return ConfigError(f"{reason}{where}")
-    if first["type"] == "model_type":
-        keys = [k for k in known if k.startswith(f"{key}.")]
-        return ConfigError(
-            f"config key {key}{where} is {found!r}, but it is a group of keys",
-            f"Set one of {', '.join(keys)}.",
-        )
-    return ConfigError(
-        f"config key {key}{where} is {found!r}: {reason[0].lower()}{reason[1:]}",
-        f"Set {key} to a valid value, in the file or with --set {key}=...",
-    )
-
-
-def _nearest(key: str, known: Sequence[str]) -> str | None:
-    """Return the key that was meant: the group may be wrong, or the last word, but not both much.
-
-    Only last words are compared, since a long common group would make unlike ones look alike.
-    """
-    group, _, leaf = key.replace("_", "-").rpartition(".")
-    leaf = _OTHER_WORDS.get(leaf, leaf)
-    own = [k for k in known if k.rpartition(".")[0] == group]
-    for candidates, cutoff in ((own, 1.0), (known, 1.0), (own, 0.6), (known, 0.75)):
-        by_leaf = {k.rpartition(".")[2]: k for k in reversed(candidates)}
-        if close := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff):
-            return by_leaf[close[0]]
-    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
-
-
-def _is_branch(part: object) -> bool:
-    """Whether a part of pydantic's location names a union's branch and not a key."""
-    return isinstance(part, int) or str(part).startswith(("list[", "literal[", "constrained"))
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

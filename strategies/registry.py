@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedgraft.config import config_error
+from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
 from fedgraft.registry import load_plugin
 from strategies.options import SteppedOptions

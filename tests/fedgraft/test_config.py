@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from fedgraft.config import (
     RUN_CONFIG_KEY,
     Config,
-    config_error,
     flatten,
     known_keys,
     parse_settings,
     parse_value,
     read_toml,
 )
+from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
 
 
