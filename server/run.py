@@ -129,7 +129,7 @@ class FederatedRun(RoundHooks):
             clients=config.federation.clients,
             min_clients=config.federation.min_clients,
             seed=config.seed,
-            evaluate_every=config.evaluate.every if config.evaluate.clients else 0,
+            evaluate_every=config.evaluate.every if self._clients_evaluate else 0,
             derive_A=config.adapter.from_ is None,  # a given A is in no seed
             lineage=self.lineage,
             base_hash=self.model.base_hash,
@@ -138,6 +138,11 @@ class FederatedRun(RoundHooks):
             spool=self.directory.spool,
             hooks=self,
         )
+
+    @property
+    def _clients_evaluate(self) -> bool:
+        """Whether clients are asked; nobody else has the whole of what a personal rule trains."""
+        return self.config.evaluate.clients or self.rule.capabilities.personal
 
     def _initial_adapter(self) -> Adapter:
         if self.config.adapter.from_ is not None:
@@ -245,7 +250,7 @@ class FederatedRun(RoundHooks):
         self.checkpoints.save(Checkpoint(outcome.state, self.best, self.books.to_json()))
 
     def _validate(self, outcome: RoundOutcome) -> dict[str, float]:
-        if self.rule.capabilities.personal and outcome.validation:
+        if self.rule.capabilities.personal:
             return self._mean(outcome.validation)
         return self._evaluate(outcome.state.adapter)
 

@@ -134,7 +134,8 @@ def compare(
     Example: fedgraft compare --strategies fedavg,lora-fair --seeds 0,1,2 --out runs/two
 
     All runs of a seed share the data's partition, the first adapter and the sampled clients. Set
-    keys for one strategy in a config file under [compare.<strategy>].
+    keys for one strategy in a config file under [compare.<strategy>]; a table of another name that
+    sets strategy.name is a variant to name in --strategies.
     """
     if resume is not None:
         given = {

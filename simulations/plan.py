@@ -26,7 +26,8 @@ class Plan:
 
     Attributes:
         config: common to all; its `compare` group sets keys for one strategy.
-        strategies: rules by name; differences are from the first.
+        strategies: rules by name, or variants of rules: names of tables [compare.<name>] that set
+            `strategy.name`. Differences are from the first.
         seeds: each is run with every strategy.
         grid: further keys with values to try, all combinations.
         references: names of reference rows.
@@ -101,10 +102,15 @@ class Plan:
             chosen = dict(zip(self.grid, values, strict=True))
             yield " ".join([strategy, *(f"{k}={v}" for k, v in chosen.items())]), chosen
 
+    def _rule(self, strategy: str) -> str:
+        """Return the rule behind a name: its own, or the one that its table sets."""
+        own = flatten(self.config.to_dict()["compare"].get(strategy, {}))
+        return str(own.get("strategy.name", strategy))
+
     def _check_tables(self, own: Mapping[str, Any]) -> None:
         """Refuse a table of a strategy that is not installed; one that is not compared is fine."""
         for name in own:
-            if name not in {*rule_names(), *self.strategies}:
+            if self._rule(name) not in {*rule_names(), *self.strategies}:
                 nearest = difflib.get_close_matches(name, rule_names(), n=1)
                 raise ConfigError(
                     f"[compare.{name}] is for a strategy that is not installed",
@@ -118,7 +124,7 @@ class Plan:
             key.removeprefix("strategy.") for key in self.grid if key.startswith("strategy.")
         }
         for strategy in self.strategies if len(self.strategies) > 1 else ():
-            for option in sorted(options - set(option_names(strategy))):
+            for option in sorted(options - set(option_names(self._rule(strategy)))):
                 raise ConfigError(
                     f"strategy.{option} is set for all strategies, and {strategy} does not know it",
                     f"Set it for one of them, with --set compare.NAME.strategy.{option}=... or "

@@ -15,8 +15,8 @@ No term holds the current product itself, so the changes are right however small
 (from <B_i A_i, B_j A_j> they would cancel: at a drift of 1e-3 they lose six digits). How a client
 factors its product does not matter: (B_k Q^-1, Q A_k) has the same change.
 
-Cost: 2 (K r)^2 (d_in + d_out) operations of float64, in blocks of rows, so that memory is that of
-the (K r)^2 Gram matrices.
+Cost: (K r)^2 (d_in + d_out) operations of float64 and a quarter more, in blocks of rows, so that
+memory is that of the (K r)^2 Gram matrices.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from fedgraft.adapter import LoraLayer
 
 _BLOCK = 1024
 """Rows of d_out (or columns of d_in) that are widened to float64 at a time."""
+_PARTS = 4
+"""Parts of a Gram matrix's columns; of each only the rows up to it are computed."""
 
 
 def gram_of_changes(layers: Sequence[LoraLayer], current: LoraLayer) -> Tensor:
@@ -49,6 +51,24 @@ def gram_of_changes(layers: Sequence[LoraLayer], current: LoraLayer) -> Tensor:
     products += ((E + E_B) * A_F).sum((1, 3)) + ((E + B_E) * F_A).sum((1, 3))
     products += ((E + E_B + B_E + B) * F).sum((1, 3))
     return current.scaling**2 * _symmetric(products)
+
+
+def norms_of_changes(layers: Sequence[LoraLayer], current: LoraLayer) -> Tensor:
+    """Return ||s D_k||_F^2 (K), float64: the Gram matrix's diagonal at a K-th of its cost.
+
+    With D_k = [E_k, B + E_k] [A; F_k] it is <L^T L, R R^T> for those two, of 2 r columns and rows.
+
+    Args:
+        layers: the clients' factors, padded to the current layer's rank.
+        current: the factors that the round started from.
+    """
+    B, A = current.B.double(), current.A.double()
+    found = []
+    for layer in layers:
+        left = torch.cat([layer.B.double() - B, layer.B.double()], dim=1)
+        right = torch.cat([A, layer.A.double() - A])
+        found.append(((left.T @ left) * (right @ right.T)).sum().clamp(min=0.0))
+    return current.scaling**2 * torch.stack(found)
 
 
 def gram_of_values(values: Sequence[Tensor], current: Tensor) -> Tensor:
@@ -73,12 +93,15 @@ def _gram(factors: Sequence[Tensor], current: Tensor) -> Tensor:
     """Return the Gram matrix of the columns of [X_1 - X, ..., X_K - X, X], each (d, r)."""
     columns = (len(factors) + 1) * current.shape[1]
     total = torch.zeros(columns, columns, dtype=torch.float64, device=current.device)
+    part = -(-columns // _PARTS)
     for start in range(0, len(current), _BLOCK):
         rows = slice(start, start + _BLOCK)
         base = current[rows].double()
         block = torch.cat([*(factor[rows].double() - base for factor in factors), base], dim=1)
-        total.addmm_(block.T, block)
-    return total
+        for end in range(part, columns + part, part):
+            some = slice(end - part, end)
+            total[:end, some].addmm_(block[:, :end].T, block[:, some])
+    return total.triu() + total.triu(1).T
 
 
 def _symmetric(gram: Tensor) -> Tensor:

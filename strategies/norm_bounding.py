@@ -28,8 +28,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from strategies.gram import norms_of_changes
 from strategies.robust import Surveyed, WeightOptions
-from strategies.rule import Weighing
+from strategies.rule import ExtraContext, LayerContext, WeightedExtra, WeightedLayer, Weighing
 
 
 class NormBoundingOptions(WeightOptions):
@@ -52,9 +53,18 @@ class NormBounding(Surveyed):
     Options = NormBoundingOptions
     options: NormBoundingOptions
 
+    def survey(self, updates: Sequence[WeightedLayer], context: LayerContext) -> Tensor:
+        """Return one layer's part of ||D_k||^2, (K)."""
+        return norms_of_changes([update.factors for update in updates], context.current)
+
+    def survey_extra(self, updates: Sequence[WeightedExtra], context: ExtraContext) -> Tensor:
+        """Return one extra's part of ||D_k||^2, (K)."""
+        changes = (update.value.double() - context.current.double() for update in updates)
+        return torch.stack([change.square().sum() for change in changes])
+
     def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
         """Return each client's weight times min(1, M / ||D_k||)."""
-        norms = survey.diagonal().clamp(min=0.0).sqrt()
+        norms = survey.sqrt()
         bound = norms.median() if self.options.norm is None else self.options.norm
         # a client that changed nothing is within any bound
         kept = torch.where(norms > bound, bound / norms, 1.0)

@@ -114,7 +114,8 @@ class ProductRule(PerClientRule):
 class Surveyed(ProductRule, SurveyingRule):
     """A rule that weighs clients by the inner products of their whole changes.
 
-    A subclass defines `weigh`, whose survey is the Gram matrix (K, K) of what the clients changed.
+    A subclass defines `weigh`, whose survey is the Gram matrix (K, K) of what the clients changed,
+    unless the subclass measures something else.
     """
 
     capabilities = ROBUST

@@ -24,6 +24,7 @@ from command_line import (
 )
 
 from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from fedgraft.run_directory import RunDirectory
 from server.statistics import references_by_strategy
 from simulations.compare import _jobs
@@ -128,6 +129,29 @@ def test_overrides_may_be_nested_or_dotted_and_a_grid_multiplies() -> None:
         "lora-fair adapter.rank=2": (0.2, 2),
         "lora-fair adapter.rank=4": (0.2, 4),
     }
+
+
+def test_a_table_that_names_a_rule_is_a_variant_of_it() -> None:
+    tables = {
+        "compare.fedprox": {"strategy.name": "fedavg", "train.proximal-mu": 0.1},
+        "compare.rank-aware": {"strategy": {"name": "flexlora", "rank-aware": True}},
+    }
+    names = ("fedavg", "fedprox", "flexlora", "rank-aware")
+    found = Plan(Config().with_overrides(tables), names, (0,)).variants()
+    assert {label: (c.strategy.name, c.train.proximal_mu) for label, c in found.items()} == {
+        "fedavg": ("fedavg", 0.0),
+        "fedprox": ("fedavg", 0.1),
+        "flexlora": ("flexlora", 0.0),
+        "rank-aware": ("flexlora", 0.0),
+    }
+    assert found["rank-aware"].strategy.options == {"rank-aware": True}
+    own = Plan(
+        Config().with_overrides(tables), ("fedavg", "fedprox"), (0,), {"strategy.server-lr": [1.0]}
+    )
+    assert len(own.variants()) == 2
+    with pytest.raises(ConfigError, match="rank-aware is set for all strategies, and fedprox"):
+        grid = {"strategy.rank-aware": [True]}
+        Plan(Config().with_overrides(tables), ("rank-aware", "fedprox"), (0,), grid).variants()
 
 
 def rows(config: dict[str, Any], grid: dict[str, Any], name: str) -> dict[str, list[str]]:

@@ -207,3 +207,20 @@ def test_a_base_that_gives_nonsense_is_found_before_the_first_round(
     given = new(tmp_path / "second", tiny.with_overrides({"adapter.from": "runs/first/adapter"}))
     with pytest.raises(ModelError, match=r"the adapter in runs/first/adapter has a test accuracy"):
         go(given)
+
+
+# Rules that leave a part of the adapter on the clients
+
+
+def test_personal_parts_are_evaluated_where_they_are_whatever_is_asked_of_clients(
+    tiny: Config, tmp_path: Path
+):
+    """The server holds the untouched base: its figures would be of nobody's model."""
+    summaries, records = {}, {}
+    for asked in (False, True):
+        settings = {"strategy__name": "fedsa-lora", "evaluate__clients": asked}
+        directory = new(tmp_path / str(asked), tiny, federation__rounds=2, **settings)
+        summaries[asked] = go(directory)["final"]
+        records[asked] = timeless(directory)
+    assert summaries[False] == summaries[True] and records[False] == records[True]
+    assert all(client["validation"] for client in records[False][-1]["clients"].values())

@@ -23,7 +23,7 @@ from rounds_by_hand import (
 
 from fedgraft.adapter import LoraLayer
 from strategies.geometric_median import typical_distance, weiszfeld
-from strategies.gram import gram_of_changes, squared_distances
+from strategies.gram import gram_of_changes, norms_of_changes, squared_distances
 
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -53,6 +53,8 @@ def test_gram_matrix_is_that_of_the_dense_changes(seed: int, r: int, drift: floa
     expected = dense_changes @ dense_changes.T
     np.testing.assert_allclose(gram, expected, atol=1e-13 * np.abs(expected).max())
     assert (gram == gram.T).all()
+    norms = norms_of_changes(clients, current).numpy()
+    np.testing.assert_allclose(norms, gram.diagonal(), rtol=1e-9, atol=1e-13 * gram.max())
 
 
 def test_gram_matrix_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
