@@ -1,4 +1,4 @@
-"""The comparisons of docs/strategies.md: every rule on the digits, and a search for where rules part.
+"""The comparisons of docs/strategies.md: every rule on the digits, and where rules part.
 
     python benchmarks/comparison.py --list
     python benchmarks/comparison.py domain label-skew
@@ -9,7 +9,7 @@ Each is what `fedgraft compare` does: settings are those of docs/examples/every-
 experiment's own over them, and the directory below --out holds an ordinary comparison with its
 report. Run again, it goes on where it stopped. Prints a Markdown table: test metric, mean and
 standard deviation over seeds; the paired difference from the first row with its 95% interval;
-megabytes of a whole run, all clients together; seconds of training and of aggregation; and the
+megabytes of a whole run, all clients together; seconds of training and of combining; and the
 relative aggregation bias that the rule leaves, in the first round and the mean over rounds.
 
 `tune` prints which learning rate is best on validation for each rule; every-rule.toml holds them.
@@ -168,8 +168,18 @@ def planned(experiment: Experiment, args: argparse.Namespace) -> Plan:
 def table(path: Path) -> Iterator[str]:
     """Yield the lines of the table of a comparison's directory."""
     results = read_results([path])
-    yield "| strategy | test | difference, 95% | MB up | down | training, s | aggregation, s | bias |"
-    yield "|---|---|---|---|---|---|---|---|"
+    titles = (
+        "strategy",
+        "test",
+        "difference, 95%",
+        "MB up",
+        "down",
+        "train, s",
+        "combine, s",
+        "bias",
+    )
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
     for row in strategy_rows(results.comparison):
         cells = (row.result, row.difference_and_interval, row.up, row.down, row.train)
         bias = remaining(results.of(row.label))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from strategies.gram import norms_of_changes
 from strategies.robust import Surveyed, WeightOptions
-from strategies.rule import ExtraContext, LayerContext, WeightedExtra, WeightedLayer, Weighing
+from strategies.rule import ExtraContext, LayerContext, Weighing, WeightedExtra, WeightedLayer
 
 
 class NormBoundingOptions(WeightOptions):

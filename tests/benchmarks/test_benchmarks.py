@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from simulations.check import check
+from simulations.plan import Plan
 from strategies.registry import rule_names
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -53,6 +55,54 @@ def test_a_block_stands_for_the_whole_adapter(monkeypatch: pytest.MonkeyPatch) -
     cost = rules.cost_of("coordinate-median", {}, args)  # the middle is 172, a layer 64 x 64
     assert cost.whole_seconds == pytest.approx(2.0 * 32 * (4 + 3 * 172 / 64))
     assert "seconds" in cost.missed
+
+
+def test_every_experiment_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rule honours the settings that it is compared with, and has a label of its own."""
+    comparison = load(monkeypatch, "comparison")
+    for name in comparison.EXPERIMENTS:
+        if name == "sst2":  # needs a model and data that are not here
+            continue
+        for variant in plan_of(comparison, name).variants().values():
+            check(variant)
+    compared = {v.strategy.name for v in plan_of(comparison, "domain").variants().values()}
+    assert compared == set(rule_names())
+
+
+def plan_of(comparison: ModuleType, name: str) -> Plan:
+    plan: Plan = comparison.planned(comparison.EXPERIMENTS[name], comparison.arguments([name]))
+    return plan
+
+
+@pytest.mark.slow
+def test_a_comparison_prints_its_table_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = ["--set", "federation.rounds=1", "--set", "federation.clients=2", "--seeds", "0", "1"]
+    small += ["--strategies", "fedavg", "fedprox", "ffa-lora", "--out", str(tmp_path)]
+    comparison = load(monkeypatch, "comparison")
+    assert comparison.main(["rank-1", *small]) == 0
+    first = capsys.readouterr().out
+    assert "| `fedprox` | " in first and first.count("\n| `") == 3
+    assert comparison.main(["rank-1", *small]) == 0
+    assert capsys.readouterr().out == first  # seconds, too: nothing ran again
+    assert comparison.main(["best"]) == 2
+    assert "many-clients" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_hostile_clients_hurt_the_mean_and_not_multi_krum(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    robustness = load(monkeypatch, "robustness")
+    few = ["--rules", "fedavg", "multi-krum", "--rounds", "4", "--seeds", "0", "--quick"]
+    assert robustness.main([*few, "--plot", str(tmp_path / "plot.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (clean, flipped, *_), (clean_krum, flipped_krum, *_) = (
+        [float(cell) for cell in line.strip("| ").split(" | ")[1:]] for line in lines[2:4]
+    )
+    assert clean - flipped > 10.0 and clean_krum - flipped_krum < 10.0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plain_loop_trains_what_it_is_told_to(
