@@ -38,7 +38,8 @@ from simulations.compare import compare
 from simulations.plan import Plan
 
 SETTINGS = Path(__file__).parents[1] / "docs" / "examples" / "every-rule.toml"
-LABEL_SKEW = {"federation.partition": "dirichlet", "federation.concentration": 0.1}
+SHORT = {"federation.rounds": 25}
+LABEL_SKEW = {**SHORT, "federation.partition": "dirichlet", "federation.concentration": 0.1}
 EVERY_RULE = (
     *("fedavg", "fedprox", "ffa-lora", "lora-fair", "lora-fair-cosine", "flora", "flexlora"),
     *("hetlora", "fedex-lora", "fedsa-lora", "rolora", "lora-a2", "fedsvd", "fedrot-lora"),
@@ -46,7 +47,8 @@ EVERY_RULE = (
     *("fedadagrad", "krum", "multi-krum", "trimmed-mean", "coordinate-median"),
     *("geometric-median", "norm-bounding"),
 )
-TELLING = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "fedex-lora", "fedrot-lora", "rolora")
+TELLING = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "fedex-lora", "rolora")
+PLAIN_SGD = ("fedavg-sgd", "scaffold")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,13 @@ class Experiment:
 EXPERIMENTS = {
     "tune": Experiment(
         "learning rates for every rule, by validation, on a seed of its own",
-        strategies=EVERY_RULE,
+        strategies=tuple(name for name in EVERY_RULE if name not in PLAIN_SGD),
         grid={"train.lr": [0.004, 0.008, 0.016, 0.032]},
+    ),
+    "tune-sgd": Experiment(
+        "the same for plain SGD",
+        strategies=PLAIN_SGD,
+        grid={"train.lr": [0.05, 0.1, 0.2, 0.4]},
     ),
     "domain": Experiment(
         "every rule; six sites with a scanner each", {}, EVERY_RULE, ("base", "centralised")
@@ -75,8 +82,8 @@ EXPERIMENTS = {
         EVERY_RULE,
         ("base", "centralised"),
     ),
-    "rank-1": Experiment("rank 1", {"adapter.rank": 1, "adapter.alpha": 2.0}),
-    "rank-2": Experiment("rank 2", {"adapter.rank": 2, "adapter.alpha": 4.0}),
+    "rank-1": Experiment("rank 1", {**SHORT, "adapter.rank": 1, "adapter.alpha": 2.0}),
+    "rank-2": Experiment("rank 2", {**SHORT, "adapter.rank": 2, "adapter.alpha": 4.0}),
     "many-clients": Experiment(
         "sixty clients, a fifth of them a round, Dirichlet 0.1",
         {**LABEL_SKEW, "federation.clients": 60, "federation.fraction": 0.2},
@@ -92,10 +99,12 @@ EXPERIMENTS = {
         },
         (*TELLING, "fedprox", "flora"),
     ),
-    "constant-rate": Experiment("a constant learning rate", {"train.schedule": "constant"}),
+    "constant-rate": Experiment(
+        "a constant learning rate", {**SHORT, "train.schedule": "constant"}
+    ),
     "mixed-ranks": Experiment(
         "six clients of ranks 8, 8, 4, 2, 1, 1",
-        {"federation.ranks": [8, 8, 4, 2, 1, 1]},
+        {**SHORT, "federation.ranks": [8, 8, 4, 2, 1, 1]},
         ("fedavg", "ffa-lora", "flora", "flexlora", "flexlora-rank-aware", "hetlora"),
     ),
     "sst2": Experiment(

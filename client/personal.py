@@ -2,7 +2,8 @@
 
 It is keyed by the run's lineage (an id that a resume keeps), the client and the round after which
 it was saved. A request names the round it belongs to, so a round that is run again after a crash
-starts from the state it started from the first time.
+starts from the state it started from the first time. It also names the last round whose update the
+server used: what was kept of an update that was refused or lost counts as little as the update.
 """
 
 from __future__ import annotations
@@ -45,14 +46,23 @@ class PersonalStore:
                 found[int(match[1])] = path
         return found
 
-    def load(self, before: int) -> Tensors | None:
+    def load(self, before: int, counted: int = -1) -> Tensors | None:
         """Return the newest state saved before a round; None when there is none.
+
+        Args:
+            before: the round; a version of it or of a later one is of a run that was cut off.
+            counted: the last round whose update the server used; versions between it and `before`
+                are void and removed. -1 where the server does not say.
 
         Raises:
             RunError: the file is damaged.
         """
         versions = self._versions()
         earlier = [round for round in versions if round < before]
+        if counted >= 0:
+            for void in (round for round in earlier if round > counted):
+                versions[void].unlink(missing_ok=True)
+            earlier = [round for round in earlier if round <= counted]
         if not earlier:
             return None
         return read_tensors(versions[max(earlier)])[0]

@@ -89,7 +89,7 @@ class Seat:
             )
         rule = _rule(config)
         store = _personal_store(context, request, str(index))
-        kept = store.load(before=request.round + int(done)) or {}
+        kept = store.load(request.round + int(done), request.counted) or {}
         beside = from_arrays(request.companions) if request.companions is not None else {}
         constants = _constants(request, beside, kept)
         companions = _under(RULE, beside) | constants

@@ -9,6 +9,7 @@ PEFT's own state dicts, so an adapter is exchanged with any PEFT program as it s
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -229,8 +230,13 @@ def to_arrays(tensors: Mapping[str, Tensor], *, compact: bool = False) -> ArrayR
     return record
 
 
-def from_arrays(arrays: ArrayRecord) -> Tensors:
+def from_arrays(arrays: ArrayRecord, sparse_entries: Mapping[str, int] | None = None) -> Tensors:
     """Decode an ArrayRecord into named tensors (numpy bytes only: nothing is unpickled).
+
+    Args:
+        arrays: by name.
+        sparse_entries: how many entries an array may have that is written in bits, by name, since
+            32 times its bytes are made of it; none for a name that is not there, any when unset.
 
     Raises:
         UpdateError: an array that is not numpy's, or whose bytes cannot be read.
@@ -240,6 +246,8 @@ def from_arrays(arrays: ArrayRecord) -> Tensors:
         try:
             values: np.ndarray
             if array.stype == _SPARSE:
+                if sparse_entries is not None:
+                    _check_entries(tuple(array.shape), sparse_entries.get(name, 0))
                 values = sparse.load(array.data, tuple(array.shape))
             elif array.stype == _NUMPY:
                 values = npy.load(array.data)
@@ -251,6 +259,11 @@ def from_arrays(arrays: ArrayRecord) -> Tensors:
         except Exception as error:  # on hostile bytes numpy and torch raise nearly every kind
             raise UpdateError(f"tensor {name!r} cannot be read: {error}") from error
     return tensors
+
+
+def _check_entries(shape: tuple[int, ...], most: int) -> None:
+    if math.prod(shape) > most:
+        raise ValueError(f"it is written in bits, of shape {shape}; at most {most} entries may be")
 
 
 def payload_bytes(arrays: ArrayRecord) -> int:

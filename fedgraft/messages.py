@@ -43,6 +43,8 @@ class TrainRequest:
             None for nothing.
         constants_hash: digest of the tensors that the rule sends only once; "" for none.
         split: which of the client's data an evaluation is on, "validation" or "test".
+        counted: the last round in which the server used this client's update, 0 for none; what the
+            client kept of later ones is void. -1 where the server does not say.
     """
 
     round: int
@@ -55,6 +57,7 @@ class TrainRequest:
     companions: ArrayRecord | None = None
     constants_hash: str = ""
     split: str = "validation"
+    counted: int = -1
 
     def encode(self, extra: ConfigRecord | None = None) -> RecordDict:
         """Return the records of a Flower message, on top of the caller's own settings."""
@@ -67,6 +70,7 @@ class TrainRequest:
         config["durable-round"] = self.durable_round
         config["constants-hash"] = self.constants_hash
         config["split"] = self.split
+        config["counted"] = self.counted
         content = RecordDict({ARRAYS: self.arrays, CONFIG: config})
         if self.companions is not None:
             content[COMPANIONS] = self.companions
@@ -91,6 +95,7 @@ class TrainRequest:
             companions=_records(content, ArrayRecord).get(COMPANIONS),
             constants_hash=str(config.get("constants-hash", "")),
             split=str(config.get("split", "validation")),
+            counted=int(_number(config, "counted", -1)),
         )
 
     def tensors(self) -> Tensors:

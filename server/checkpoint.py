@@ -84,6 +84,7 @@ class Checkpoints:
             "ranks": dict(state.ranks),
             "holders": sorted(state.holders),
             "constants-hash": state.constants_hash,
+            "counted": dict(state.counted),
             "run": checkpoint.notes,
         }
         write_tensors(self.folder / f"round-{state.round:06d}.safetensors", tensors, notes)
@@ -146,5 +147,6 @@ def _decoded(tensors: Tensors, notes: Mapping[str, Any]) -> Checkpoint:
         ranks=notes["ranks"],
         holders=frozenset(notes["holders"]),
         constants_hash=notes["constants-hash"],
+        counted=notes["counted"],
     )
     return Checkpoint(state, best, notes["run"])

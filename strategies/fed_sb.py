@@ -93,11 +93,18 @@ class FedSB(SumOnlyRule):
     options: FedSBOptions
 
     def check(self, config: Config) -> None:
-        """Refuse an adapter to start from.
+        """Refuse an adapter to start from, and a run that ends before anything is trained.
 
         Raises:
-            ConfigError: adapter.from is set; its factors would be replaced.
+            ConfigError: adapter.from is set, and its factors would be replaced; or there is but one
+                round, which finds A0 and B0.
         """
+        if config.federation.rounds < 2:
+            raise ConfigError(
+                "fed-sb finds its factors in round 1, and federation.rounds is 1: nothing would be "
+                "trained",
+                "Set federation.rounds to 2 or more.",
+            )
         if config.adapter.from_ is not None:
             raise ConfigError(
                 "fed-sb makes its own factors in round 1, and adapter.from names others",

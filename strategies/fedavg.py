@@ -13,13 +13,24 @@ AISTATS 2017. https://arxiv.org/abs/1602.05629 (algorithm 1)
 The server keeps Abar = sum p_k A_k and Bbar = sum p_k B_k. Their product is not the mean of the
 clients' products: Bbar Abar lacks the cross terms sum p_k (B_k - Bbar)(A_k - Abar), which the host
 logs as the aggregation bias.
+
+Clients of different ranks: a rank (a row of A and a column of B) is averaged over the clients that
+have it, with weights p_k over their sum, and one that no client of the round has stays as it is.
+Averaging the padding's zeros too, as the usual baseline does, multiplies what only some clients
+have by their share in every round, in A and in B, until it is gone; and a rank whose A and B are
+both zero never gets a gradient again.
 """
 
 from __future__ import annotations
 
+import torch
+
 from fedgraft.adapter import LoraLayer, Tensors
 from strategies.options import SteppedOptions
-from strategies.rule import Capabilities, LayerContext, Phase, SumOnlyRule
+from strategies.rule import Capabilities, LayerContext, LayerUpdate, Phase, SumOnlyRule
+
+_ROUNDING = 1e-9
+"""What shares that add up to 1 may lack of it."""
 
 
 def both_factors(update: LoraLayer, context: LayerContext) -> Tensors:
@@ -33,7 +44,26 @@ def keep_mean(mean: Tensors, context: LayerContext) -> Tensors:
 
 
 MEANS = Phase("means", both_factors, keep_mean)
-"""Abar and Bbar: all of FedAvg, and the first phase of rules that go on from there."""
+"""Abar and Bbar: the first phase of rules that go on from there."""
+
+
+def _with_ranks(update: LayerUpdate, context: LayerContext) -> Tensors:
+    """A and B, and 1 for every rank that the client has, 0 for those that are padding, (r)."""
+    ranks = torch.arange(context.current.rank, device=update.A.device)
+    return {"A": update.A, "B": update.B, "held": ranks < update.own_rank}
+
+
+def _over_holders(mean: Tensors, context: LayerContext) -> Tensors:
+    """The means of each rank over the clients that have it; the current one where nobody has."""
+    current, held = context.current, mean["held"]
+    A, B = mean["A"], mean["B"]
+    some = (held > 0.0) & (held < 1.0 - _ROUNDING)
+    if bool(some.any()):
+        A[some] /= held[some, None]
+        B[:, some] /= held[some]
+    none = held == 0.0
+    A[none], B[:, none] = current.A.double()[none], current.B.double()[:, none]
+    return {"A": A, "B": B}
 
 
 class FedAvg(SumOnlyRule):
@@ -46,5 +76,5 @@ class FedAvg(SumOnlyRule):
     Options = SteppedOptions
 
     def phases(self, round: int) -> tuple[Phase, ...]:
-        """Return the one phase: the means of both factors."""
-        return (MEANS,)
+        """Return the one phase: the means of both factors, of each rank over who has it."""
+        return (Phase("means", _with_ranks, _over_holders),)

@@ -35,9 +35,11 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgraft.adapter import factor_name
+from fedgraft.config import Config
 from strategies.fedavg import MEANS
 from strategies.local import LocalUpdate, LocalWork
 from strategies.options import SteppedOptions
+from strategies.refusals import refuse_kept_optimizer
 from strategies.rule import Capabilities, Phase, SumOnlyRule
 
 _TIE = 1e-9
@@ -88,6 +90,14 @@ class FedRotLoRA(SumOnlyRule):
     capabilities = Capabilities(sum_only=True, server_optimizer=True)
     Options = FedRotLoRAOptions
     options: FedRotLoRAOptions
+
+    def check(self, config: Config) -> None:
+        """Refuse to keep optimizers: what a client's moments are of is turned away.
+
+        Raises:
+            ConfigError: `train.optimizer-state` is "keep".
+        """
+        refuse_kept_optimizer(config, self.name, "factors are turned after training")
 
     def local(self, work: LocalWork) -> LocalUpdate:
         """Train both factors, then turn them; round 1 turns nothing."""

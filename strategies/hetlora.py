@@ -23,7 +23,8 @@ has rank g from then on (`strategy.min-rank` at least). gamma near 1 drops one r
 
 Where this differs. A client that prunes rescales B, so that the product it keeps is the one that it
 trained, although alpha / r is larger for its new rank. Where no client has learned anything (all
-norms are 0) weights are by examples.
+norms are 0) weights are by examples. Ranks that no client of a round has stay as they are: with A
+and B both zero they would never get a gradient again.
 
 Averaging with padding shrinks what only large clients hold, and a norm can be inflated: this is not
 a rule for clients that are not trusted.
@@ -40,6 +41,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgraft.adapter import Tensors, factor_name, parse_factor
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.local import LocalUpdate, LocalWork
 from strategies.means import weighted_mean
 from strategies.options import RuleOptions
@@ -80,6 +83,19 @@ class HetLoRA(SurveyingRule):
     Options = HetLoRAOptions
     options: HetLoRAOptions
     prunes = True
+
+    def check(self, config: Config) -> None:
+        """Refuse a least rank that no client reaches.
+
+        Raises:
+            ConfigError: strategy.min-rank is above adapter.rank.
+        """
+        if self.options.min_rank > config.adapter.rank:
+            raise ConfigError(
+                f"strategy.min-rank is {self.options.min_rank}, and adapter.rank is "
+                f"{config.adapter.rank}: no client would ever prune",
+                "Lower it, or set strategy.gamma=1, which switches pruning off.",
+            )
 
     # On the client
 
@@ -125,9 +141,12 @@ class HetLoRA(SurveyingRule):
         return Weighing(tuple((norms / total).tolist()))
 
     def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:
-        """Return the weighted means of the padded factors."""
+        """Return the weighted means of the padded factors; ranks nobody has stay as they are."""
         mean = weighted_mean((u.share, {"A": u.factors.A, "B": u.factors.B}) for u in updates)
-        return LayerResult(context.current.with_factors(mean))
+        largest, current = max(u.factors.own_rank for u in updates), context.current
+        mean["A"][largest:] = current.A[largest:].double()
+        mean["B"][:, largest:] = current.B[:, largest:].double()
+        return LayerResult(current.with_factors(mean))
 
 
 def tail_norm(tensors: Mapping[str, Tensor], kept: int) -> Tensor:

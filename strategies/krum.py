@@ -97,12 +97,15 @@ class Krum(Surveyed):
         """Return how many of n updates are averaged."""
         return 1
 
+    def hostile(self, n: int) -> int:
+        """Return f for a round of n updates."""
+        asked = self.options.byzantine
+        return min(assumed_hostile(n) if asked is None else asked, max((n - 3) // 2, 0))
+
     def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
         """Return equal shares for the updates of the lowest scores, and 0 for the others."""
         n = len(survey)
-        most = max((n - 3) // 2, 0)
-        asked = self.options.byzantine
-        f = min(assumed_hostile(n) if asked is None else asked, most)
+        asked, f = self.options.byzantine, self.hostile(n)
         chosen = torch.argsort(krum_scores(squared_distances(survey), f), stable=True)
         m = self.selected(n, f)
         taken = set(chosen[:m].tolist())
@@ -129,10 +132,12 @@ class MultiKrum(Krum):
             ConfigError: naming what to set.
         """
         super().check(config)
-        f, m, n = self.options.byzantine or 0, self.options.selected, clients_a_round(config)
+        m, n = self.options.selected, clients_a_round(config)
+        f = self.hostile(n)
         if m is not None and m > n - f:
             raise ConfigError(
-                f"strategy.selected is {m}, and of {n} clients a round {n - f} count as honest",
+                f"strategy.selected is {m}, and of {n} clients a round {n - f} count as honest "
+                f"(strategy.byzantine is {f}{' when unset' * (self.options.byzantine is None)})",
                 f"Set strategy.selected to {n - f} or less.",
             )
 

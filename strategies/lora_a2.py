@@ -41,6 +41,7 @@ from fedgraft.errors import ConfigError
 from strategies.fedavg import keep_mean
 from strategies.local import A_ONLY, B_ONLY, LocalUpdate, LocalWork, Training
 from strategies.options import RuleOptions
+from strategies.refusals import refuse_kept_optimizer
 from strategies.rule import Capabilities, LayerContext, Phase, Plan, SumOnlyRule
 from strategies.selection import largest
 
@@ -91,11 +92,13 @@ class LoRAA2(SumOnlyRule):
     options: LoRAA2Options
 
     def check(self, config: Config) -> None:
-        """Refuse a budget above the pool.
+        """Refuse a budget above the pool, and to keep optimizers.
 
         Raises:
-            ConfigError: the budget is more than the adapter's rank.
+            ConfigError: the budget is more than the adapter's rank, or `train.optimizer-state` is
+                "keep".
         """
+        refuse_kept_optimizer(config, self.name, "factors and ranks take turns")
         budget, pool = self.options.budget, config.adapter.rank
         if budget > pool:
             raise ConfigError(

@@ -102,8 +102,8 @@ def assigned(
 
     Args:
         ranks: one for each client in the natural order of names; "by-memory", which halves the
-            rank as often as the client's memory must be doubled to be at least the largest one's;
-            or None.
+            rank as often as the client's memory must be doubled to be at least the largest one's
+            (a client that does not say counts as the smallest of those that do); or None.
         rank: the adapter's, the largest that a client may have.
         memory: by client in natural order, the bytes that it says it has.
 
@@ -114,10 +114,10 @@ def assigned(
         return {}
     if isinstance(ranks, str):
         largest = max(memory.values(), default=0)
-        return {
-            name: max(1, rank >> _halvings(largest, own)) if own else rank
-            for name, own in memory.items()
+        told = {
+            name: max(1, rank >> _halvings(largest, own)) for name, own in memory.items() if own
         }
+        return dict.fromkeys(memory, min(told.values(), default=rank)) | told
     check_ranks(ranks, len(memory), rank)
     return dict(zip(memory, ranks, strict=True))
 

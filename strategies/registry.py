@@ -7,6 +7,7 @@ Another package adds a rule with one file and one line in its pyproject.toml:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -32,6 +33,12 @@ def rule_class(name: str) -> type[Rule]:
     Raises:
         ConfigError: no installed rule has that name; the nearest one is suggested.
     """
+    if name == "fedprox" and name not in rule_names():
+        raise ConfigError(
+            "strategy.name is 'fedprox', which is no rule of its own",
+            "Set train.proximal-mu, which adds FedProx's term under any rule: FedProx is fedavg "
+            "with it.",
+        )
     loaded = load_plugin(GROUP, name, key="strategy.name")
     if not (isinstance(loaded, type) and issubclass(loaded, Rule)):
         raise ConfigError(
@@ -50,6 +57,12 @@ def option_names(name: str) -> list[str]:
     return [f.alias or key for key, f in rule_class(name).Options.model_fields.items()]
 
 
+def able(capability: str) -> str:
+    """Return the names of all installed rules with a capability, for a remedy."""
+    classes = {name: rule_class(name) for name in rule_names()}
+    return ", ".join(n for n, cls in classes.items() if asdict(cls.capabilities)[capability])
+
+
 def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     """Return a rule with its options checked.
 
@@ -57,6 +70,7 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
         ConfigError: an unknown rule, an unknown option or a value out of range.
     """
     cls = rule_class(name)
+    _check_stepped(cls, options or {})
     if options and not cls.Options.model_fields:
         raise ConfigError(
             f"strategy.{next(iter(options))} is set, and {name} has no options", "Leave it out."
@@ -70,3 +84,19 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     if isinstance(checked, SteppedOptions):
         rule.server_optimizer = checked.optimizer()
     return rule
+
+
+def _check_stepped(cls: type[Rule], options: Mapping[str, Any]) -> None:
+    """Refuse a server optimiser where none can go on top.
+
+    Raises:
+        ConfigError: names the rules that take one.
+    """
+    known = {field.alias or key for key, field in cls.Options.model_fields.items()}
+    stepped = {field.alias or key for key, field in SteppedOptions.model_fields.items()}
+    asked = sorted(stepped & options.keys() - known)
+    if asked and not cls.capabilities.server_optimizer:
+        raise ConfigError(
+            f"strategy.{asked[0]} is set, and {cls.name} takes no server optimiser",
+            f"Leave it out, or use one of {able('server_optimizer')}.",
+        )

@@ -16,7 +16,7 @@ from fedgraft.errors import DIVERGED, RunError, UpdateError
 from fedgraft.messages import Reply
 from strategies.rounds import ClientReport
 from strategies.spool import UpdateSpool
-from strategies.validation import Intake, check_weight
+from strategies.validation import Intake, check_weight, norm, outliers
 
 _Value = TypeVar("_Value")
 
@@ -33,6 +33,7 @@ class Training:
         refused: clients whose update was not valid, with the reason.
         bytes_up: payload of all arrays that arrived.
         ranks: of the clients whose rank is not the server's.
+        companion_norms: of what the rule sends beside the adapter, by client.
     """
 
     intake: Intake
@@ -42,6 +43,7 @@ class Training:
     refused: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
+    companion_norms: dict[str, float] = field(default_factory=dict)
 
     def take(self, client: str, message: Message) -> str:
         """Sort one reply; return what is wrong with it, or "" when its update was spooled."""
@@ -60,18 +62,30 @@ class Training:
             companions: Tensors = {}
             if reply.companions is not None:
                 self.bytes_up += payload_bytes(reply.companions)
-                companions = from_arrays(reply.companions)
-            tensors = from_arrays(reply.arrays)
+                companions = from_arrays(reply.companions, {})
+            tensors = from_arrays(reply.arrays, self.intake.sparse_entries)
             rank = self.intake.check(client, tensors, companions, reply.weight)
             tensors = self.intake.in_server_terms(tensors, rank)
             self.spool.add(client, reply.weight, tensors | companions, rank=rank)
             if rank is not None:
                 self.ranks[client] = rank
+            if companions:
+                self.companion_norms[client] = norm(companions)
         except UpdateError as error:
             self.refused[client] = error.message
             return error.message
         self.reports[client] = ClientReport(reply.weight, reply.metrics)
         return ""
+
+    def refuse_outliers(self) -> dict[str, str]:
+        """Refuse updates that only the others show to be absurd; return them, with the reasons."""
+        found = outliers(self.companion_norms)
+        for client in found:
+            self.spool.remove(client)
+            del self.reports[client]
+            self.ranks.pop(client, None)
+        self.refused |= found
+        return found
 
     def missing(self, sampled: list[str]) -> list[str]:
         """Count sampled clients that never answered as failed, and return them."""

@@ -51,6 +51,7 @@ class Requests:
             arrays=self._arrays_at(self.state.ranks.get(name)),
             companions=self._beside(with_constants=not known),
             constants_hash=constants_hash,
+            counted=self.state.counted.get(name, 0),
         )
 
     @property

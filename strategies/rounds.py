@@ -23,6 +23,7 @@ class StrategyState:
         rule: the rule's own named tensors.
         ranks: clients of a smaller rank than the adapter's, with that rank.
         holders: clients that hold what the rule sends only once, whose digest is `constants_hash`.
+        counted: the last round in which each client's update was used.
     """
 
     round: int
@@ -31,6 +32,7 @@ class StrategyState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     holders: frozenset[str] = frozenset()
     constants_hash: str = ""
+    counted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

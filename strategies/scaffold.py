@@ -30,6 +30,7 @@ throughout, where the paper weighs all clients alike.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ from fedgraft.errors import ConfigError
 from strategies.fedavg import keep_mean
 from strategies.local import LocalUpdate, LocalWork, beside, owner_of
 from strategies.options import RuleOptions
-from strategies.registry import build_rule, rule_names
+from strategies.registry import build_rule, option_names, rule_names
 from strategies.rule import (
     Capabilities,
     ExtraContext,
@@ -98,8 +99,8 @@ class Scaffold(SumOnlyRule):
         """Refuse local training that is not plain SGD.
 
         Raises:
-            ConfigError: an optimizer, a momentum or a clip whose steps are not gradients times a
-                rate.
+            ConfigError: an optimizer, a momentum, a clip or a proximal term whose steps are not the
+                data's gradients times a rate.
         """
         self.under.check(config)
         train = config.train
@@ -109,11 +110,14 @@ class Scaffold(SumOnlyRule):
             found = f"train.momentum is {train.momentum:g}"
         elif train.grad_clip:
             found = f"train.grad-clip is {train.grad_clip:g}"
+        elif train.proximal_mu:
+            found = f"train.proximal-mu is {train.proximal_mu:g}"
         else:
             return
         raise ConfigError(
             f"scaffold reads gradients off plain SGD steps, and {found}",
-            "Set train.optimizer=sgd, train.momentum=0 and train.grad-clip=0; or use "
+            "Set train.optimizer=sgd, train.momentum=0, train.grad-clip=0 and "
+            "train.proximal-mu=0; or use "
             f"{self.under.name} with train.proximal-mu, which holds drift under any optimizer.",
         )
 
@@ -229,6 +233,15 @@ def _rule_below(options: ScaffoldOptions) -> SumOnlyRule:
     remedy = "Set strategy.under to fedavg, ffa-lora, lora-fair or rolora."
     if options.under not in rule_names():
         raise ConfigError(f"strategy.under is {options.under!r}, and no such rule exists", remedy)
+    known = option_names(options.under)
+    for option in sorted(options.of_under.keys() - set(known)):
+        nearest = difflib.get_close_matches(option, ["under", *known], n=1)
+        raise ConfigError(
+            f"strategy.{option} is an option neither of scaffold nor of {options.under} under it",
+            f"Did you mean strategy.{nearest[0]}?"
+            if nearest
+            else "There are: strategy." + ", strategy.".join(["under", *known]) + ".",
+        )
     rule = build_rule(options.under, options.of_under)
     own_half = type(rule).local is not Rule.local or type(rule).assemble is not Rule.assemble
     if not isinstance(rule, SumOnlyRule):

@@ -83,6 +83,7 @@ class UpdateSpool:
         self._folder = folder
         self._memory = memory
         self._held = 0  # bytes in memory
+        self._added = 0  # updates of this round so far, removed ones too
         self._updates: dict[str, _Update] = {}
         self._shares: dict[str, float] | None = None  # sorted once a round, not once a layer
         try:
@@ -111,13 +112,14 @@ class UpdateSpool:
         for name, tensor in tensors.items():
             if tensor.dtype not in _DTYPES:
                 raise UpdateError(f"tensor {name!r} of client {client!r} has dtype {tensor.dtype}")
-        path = self._folder / f"update-{len(self._updates):06d}.safetensors"
+        path = self._folder / f"update-{self._added:06d}.safetensors"
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._held + size <= self._memory:
             self._held += size
             held, stored = dict(tensors), {}
         else:
             held, stored = {}, self._write(path, tensors)
+        self._added += 1
         companions = _companions(tensors)
         self._updates[client] = _Update(float(weight), rank, held, path, stored, companions)
         self._shares = None
@@ -201,10 +203,17 @@ class UpdateSpool:
             raise UpdateError(f"the update of client {client!r} has no tensor {name!r}")
         return self._read(update, [name])[name]
 
+    def remove(self, client: str) -> None:
+        """Forget one client's update."""
+        update = self._updates.pop(client)
+        self._held -= sum(tensor.nbytes for tensor in update.held.values())
+        self._shares = None
+        update.path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove all updates, for the next round."""
         self._updates = {}
-        self._held = 0
+        self._held = self._added = 0
         self._shares = None
         for path in self._folder.glob("update-*.safetensors"):
             path.unlink(missing_ok=True)

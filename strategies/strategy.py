@@ -42,6 +42,7 @@ from fedgraft.messages import TrainRequest
 from fedgraft.seeds import stream
 from strategies.aggregation import Aggregated, aggregate
 from strategies.diagnostics import aggregation_bias
+from strategies.fitness import check_mixed_ranks
 from strategies.ranks import RankScaling, assigned, by_rank
 from strategies.registry import build_rule
 from strategies.replies import Training, evaluation, in_order, mean_metrics
@@ -52,11 +53,9 @@ from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategySt
 from strategies.rule import Rule
 from strategies.sampling import sample_size
 from strategies.spool import UpdateSpool
-from strategies.validation import Intake, norm
+from strategies.validation import ABSURD, Intake, norm
 
 log = logging.getLogger(__name__)
-ABSURD = 100.0
-"""An update of more than so many times the global adapter's norm (at least 1) is refused."""
 UPDATES_IN_MEMORY = 1 << 24
 """Bytes of a round's updates that are not written to disk."""
 
@@ -109,6 +108,8 @@ class AdapterStrategy(Strategy):
         hooks: RoundHooks | None = None,
     ) -> None:
         self.rule = build_rule(rule, options) if isinstance(rule, str) else rule
+        if ranks is not None:
+            check_mixed_ranks(self.rule, "ranks")
         self.scaling = scaling
         self.fraction = fraction
         self.clients = clients
@@ -323,6 +324,7 @@ class AdapterStrategy(Strategy):
             ranks={**old.ranks, **training.ranks},
             holders=holders,
             constants_hash=self._constants_hash,
+            counted={**old.counted, **dict.fromkeys(in_order(training.reports), round)},
         )
 
     def note_seconds(self, phase: str, seconds: float) -> None:
@@ -349,6 +351,8 @@ class AdapterStrategy(Strategy):
             if trouble:
                 log.warning("Round %d, client %s: %s", round, client, trouble)
             self.hooks.on_reply(round, client, trouble)
+        for client, trouble in training.refuse_outliers().items():
+            log.warning("Round %d, client %s: %s", round, client, trouble)
         for client in training.missing(self.outcome.sampled):
             self.hooks.on_reply(round, client, training.failed[client])
         return training

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from fedgraft.adapter import Adapter, Tensors
 from fedgraft.errors import UpdateError
 from strategies.ranks import RankScaling, cut_factor, padded, ranks_of
 
+ABSURD = 100.0
+"""An update's norm may be so many times that of the global adapter (or 1), and what a rule sends
+beside it so many times the round's median."""
 MAX_WEIGHT = 1e9
 """Examples above which a self-reported weight is taken for nonsense."""
 _WIRE_TYPES = {torch.float32, torch.float16, torch.bfloat16}
@@ -92,6 +96,12 @@ class Intake:
     prunes: bool = False
     differences: bool = False
 
+    @property
+    def sparse_entries(self) -> dict[str, int]:
+        """How many entries a tensor may have that comes up written in bits, by name."""
+        whole = self.adapter.tensors() if self.differences else {}
+        return {name: tensor.numel() for name, tensor in whole.items()}
+
     def check(
         self,
         client: str,
@@ -139,6 +149,23 @@ class Intake:
             current = self.adapter.tensors()
             tensors = {name: current[name].float() + t.float() for name, t in tensors.items()}
         return tensors
+
+
+def outliers(norms: Mapping[str, float]) -> dict[str, str]:
+    """Return the clients whose companions' norm is absurd beside the round's median, and why.
+
+    What rules send beside the adapter has no scale that the server could know, so the clients are
+    compared with one another. Of two no one can tell which is right.
+    """
+    limit = ABSURD * median(norms.values()) if norms else 0.0
+    if limit == 0.0:
+        return {}
+    return {
+        client: f"the norm of what it sent beside the adapter, {norm:.3g}, is absurd; the limit is "
+        f"{limit:.3g}, {ABSURD:g} times the round's median"
+        for client, norm in norms.items()
+        if norm > limit
+    }
 
 
 def check_weight(weight: float) -> None:

@@ -87,3 +87,15 @@ def test_other_files_are_left_alone(store: PersonalStore, tmp_path: Path):
         (home / name).write_text("")
     store.save(state(9), 9, durable_round=8)
     assert loaded(store, 99) == 9 and len(list(home.iterdir())) == 5
+
+
+def test_what_was_kept_of_an_update_that_did_not_count_is_void(store: PersonalStore):
+    for round in (1, 2, 3):
+        store.save(state(round), round, durable_round=0)
+    found = store.load(4, counted=1)  # the server refused the updates of rounds 2 and 3
+    assert found is not None and float(found["x"]) == 1
+    assert loaded(store, 4) == 1  # and they are gone
+    store.save(state(4), 4, durable_round=3)
+    found = store.load(4, counted=1)  # round 4 again, from the checkpoint of round 3
+    assert found is not None and float(found["x"]) == 1
+    assert store.load(5, counted=0) is None

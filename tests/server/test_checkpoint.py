@@ -29,7 +29,7 @@ def adapter(seed: int) -> Adapter:
 
 def checkpoint(round: int, *, best: Adapter | None = None, rule: bool = True) -> Checkpoint:
     own = {"m.2.q::mean": torch.full((2,), float(round))} if rule else {}
-    state = StrategyState(round, adapter(round), own)
+    state = StrategyState(round, adapter(round), own, counted={"0": round, "1": 2})
     return Checkpoint(state, state.adapter if best is None else best, {"stale": round, "x": [0.1]})
 
 

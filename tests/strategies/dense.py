@@ -6,6 +6,7 @@ regressions are solved by least squares on the stacked system, minima are search
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,32 @@ def means(clients: list[Client]) -> tuple[np.ndarray, np.ndarray]:
     return sum(c.share * c.A for c in clients), sum(c.share * c.B for c in clients)
 
 
+def means_of_holders(
+    clients: list[Client], ranks: list[int], current: Client
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank by rank the means over the clients that have it; the current one where nobody has."""
+    A, B = current.A.copy(), current.B.copy()
+    for j in range(len(A)):
+        holders = [c for c, rank in zip(clients, ranks, strict=True) if rank > j]
+        total = sum(c.share for c in holders)
+        if holders:
+            A[j] = sum(c.share / total * c.A[j] for c in holders)
+            B[:, j] = sum(c.share / total * c.B[:, j] for c in holders)
+    return A, B
+
+
+def means_and_unheld(
+    means_of: Callable[[list[Client]], tuple[np.ndarray, np.ndarray]],
+    clients: list[Client],
+    ranks: list[int],
+    current: Client,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of padded factors; ranks that nobody has are the current ones."""
+    A, B = means_of(clients)
+    A[max(ranks) :], B[:, max(ranks) :] = current.A[max(ranks) :], current.B[:, max(ranks) :]
+    return A, B
+
+
 def best_of_rank(clients: list[Client], current: Client) -> np.ndarray:
     """The best approximation of DW by a matrix of the current layer's rank."""
     U, S, V = np.linalg.svd(ideal(clients), full_matrices=False)
@@ -39,8 +66,10 @@ def best_of_rank(clients: list[Client], current: Client) -> np.ndarray:
 
 
 def by_norms(clients: list[Client]) -> tuple[np.ndarray, np.ndarray]:
-    """Means of A and B with weights in proportion to ||B_k A_k||."""
+    """Means of A and B with weights in proportion to ||B_k A_k||; by examples where all are 0."""
     norms = [float(np.linalg.norm(c.B @ c.A)) for c in clients]
+    if not any(norms):
+        return means(clients)
     weighted = [Client(c.A, c.B, n / sum(norms)) for c, n in zip(clients, norms, strict=True)]
     return means(weighted)
 

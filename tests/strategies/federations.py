@@ -128,9 +128,12 @@ WEIGHTS = st.lists(st.integers(1, 5000).map(float), min_size=1, max_size=7)
 
 @st.composite
 def federations(draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16)) -> Federation:
-    """Shapes (d = r as often as not), ranks, weights, client counts, drift and dtype drawn."""
+    """Shapes (d = r as often as not), ranks, weights, client counts, drift and dtype drawn.
+
+    One client in some federations has an update of zeros, or factors whose ranks are all the same.
+    """
     r = draw(st.integers(1, 5))
-    return federation(
+    fed = federation(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
         d_out=draw(SIZES | st.just(r)),
         d_in=draw(SIZES | st.just(r)),
@@ -139,6 +142,21 @@ def federations(draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16)) -
         drift=draw(st.sampled_from([1.0, 0.3, 0.03])),
         dtype=draw(st.sampled_from(list(dtypes))),
     )
+    odd = draw(st.sampled_from(["", "", "zeros", "one direction"]))
+    if not odd:
+        return fed
+    client, (weight, tensors) = next(iter(fed.updates.items()))
+    made = {
+        name: _one_direction(name, tensor) if odd == "one direction" else torch.zeros_like(tensor)
+        for name, tensor in tensors.items()
+    }
+    return replace(fed, updates=fed.updates | {client: (weight, made)})
+
+
+def _one_direction(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if "lora_A" in name:
+        return tensor[:1].expand_as(tensor).clone()
+    return tensor[:, :1].expand_as(tensor).clone() if "lora_B" in name else tensor
 
 
 def of_ranks(fed: Federation, ranks: list[int]) -> tuple[Federation, list[Client]]:

@@ -13,6 +13,7 @@ from federations import cached_rule
 from strategies.rule import Rule
 
 Factors = Callable[[list[dense.Client]], tuple[np.ndarray, np.ndarray]]
+Mixed = Callable[[list[dense.Client], list[int], dense.Client], tuple[np.ndarray, np.ndarray]]
 Product = Callable[[list[dense.Client], dense.Client], np.ndarray]
 
 
@@ -27,6 +28,8 @@ class Row:
             its own file has a better test.
         product: B A with what joins the base, from dense numpy, given the clients and the current
             layer (with a share of 0); scalings are left out, since all are equal.
+        mixed: A and B of clients of different ranks, given their padded factors, their ranks and
+            the current layer; where it is not the oracle or the product of padded factors.
         tolerance: of A and B, or of the product, relative to the clients' size. float32 results of
             float64 sums are off by half a unit in the last place, 6e-8; a solve adds its condition
             number.
@@ -41,6 +44,7 @@ class Row:
     factors: str = "AB"
     oracle: Factors | None = None
     product: Product | None = None
+    mixed: Mixed | None = None
     tolerance: float = 1e-6
     identity: str = "factors"
     exact_bits: bool = True
@@ -57,7 +61,7 @@ def mean_of_products(clients: list[dense.Client], current: dense.Client) -> np.n
 
 
 ROWS = [
-    Row("fedavg", oracle=dense.means),
+    Row("fedavg", oracle=dense.means, mixed=dense.means_of_holders),
     Row("ffa-lora", factors="B", oracle=dense.means),
     # the condition number of G + lambda I is at most 1 + r / lambda_rel; float32 contributions
     # (eps 6e-8) of drifts that do not average out are amplified by its root
@@ -70,10 +74,15 @@ ROWS = [
     Row("fedsvd", factors="B", product=mean_of_products, identity="product", exact_bits=False),
     Row("flexlora", product=dense.best_of_rank, identity="product", exact_bits=False),
     Row("flora", product=mean_of_products, identity="product", exact_bits=False),
-    Row("hetlora", oracle=dense.by_norms),
+    Row(
+        "hetlora",
+        oracle=dense.by_norms,
+        mixed=lambda *round: dense.means_and_unheld(dense.by_norms, *round),
+    ),
     Row("rolora", factors="B", oracle=dense.means),
     # the next six are tested in test_weighing_rules.py, test_coordinatewise.py and test_robust.py
-    Row("krum"),
+    # ranks that nothing uses keep their A, so the product
+    Row("krum", identity="product"),
     Row("multi-krum", identity="product", exact_bits=False),
     Row("geometric-median", identity="product", exact_bits=False),
     Row("norm-bounding", identity="product", exact_bits=False),

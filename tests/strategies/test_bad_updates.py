@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from fake_grid import (
     ARRAYS,
     B1,
     HEAD,
+    NAMES,
+    START,
     Answer,
     Bad,
     Client,
@@ -28,8 +31,11 @@ from flwr.serverapp.strategy import Strategy
 
 from fedgraft.adapter import Tensors, from_arrays, to_arrays
 from fedgraft.errors import RunError
-from fedgraft.messages import Reply
+from fedgraft.messages import Reply, TrainRequest
+from strategies.registry import build_rule
+from strategies.rule import Rule
 from strategies.strategy import AdapterStrategy
+from strategies.validation import outliers
 
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Answer]:
@@ -127,6 +133,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Answer], str]] = {
     "garbage": (with_array(A0, b"garbage"), f"tensor '{A0}' cannot be read"),
     "a pickle": (with_array(A0, b"\x80\x04\x95."), f"tensor '{A0}' cannot be read"),
     "a zip": (with_array(A0, zipped()), f"tensor '{A0}' cannot be read"),
+    "bits where none are due": (
+        with_array(A0, bytes(8), "fedgraft.sparse"),
+        "it is written in bits, of shape (2, 4); at most 0 entries may be",
+    ),
     "another serialisation": (with_array(A0, b"", "torch"), f"tensor '{A0}' cannot be read"),
 }
 FAILED: dict[str, tuple[Callable[[Tensors], Answer], str]] = {
@@ -166,6 +176,59 @@ def test_the_hooks_hear_of_every_client_once():
     heard = {client: trouble for _, client, trouble in seen.replies}
     assert len(seen.replies) == 4 and heard["0"] == heard["2"] == ""
     assert "NaN" in heard["1"] and heard["3"] == "no reply within the deadline"
+
+
+@dataclass
+class Beside(Client):
+    """Sends what its rule sends beside the adapter, so many times as large as an honest client."""
+
+    rule: Rule = field(default_factory=lambda: build_rule("scaffold"))
+    size: float = 1.0
+
+    def reply(self, request: TrainRequest) -> Answer:
+        shapes = self.rule.companion_shapes(START, request.round)
+        companions = {name: torch.full(shape, 0.1 * self.size) for name, shape in shapes.items()}
+        arrays = to_arrays(self.trained(request))
+        return Reply(arrays, self.weight, {}, companions=to_arrays(companions)).encode()
+
+
+@pytest.mark.parametrize("rule", ["scaffold", "fed-sb"])
+def test_what_goes_beside_the_adapter_may_not_dwarf_the_others(rule: str):
+    """Shapes and numbers are right, and one client's norm is 10^4 times the median."""
+    built = build_rule(rule)
+    clients = {f"c{name}": Beside(name, rule=built) for name in NAMES}
+    clients["c1"] = Beside("1", rule=built, size=1e4)
+    if rule == "fed-sb":  # it sends no factors in round 1
+        for client in clients.values():
+            client.trained = lambda request: {}  # type: ignore[method-assign]
+    seen = run(built, grid=FakeGrid(nodes(**clients)))
+    outcome = seen.last
+    assert list(outcome.refused) == ["1"] and list(outcome.reports) == ["0", "2", "3"]
+    assert "beside the adapter" in outcome.refused["1"]
+    assert "100 times the round's median" in outcome.refused["1"]
+    assert all(float(tensor.abs().max()) < 100.0 for tensor in outcome.state.rule.values())
+
+
+def test_of_two_nobody_can_tell_which_is_absurd():
+    assert outliers({"a": 1.0, "b": 1e6}) == {}
+    assert list(outliers({"a": 1.0, "b": 1e6, "c": 2.0})) == ["b"]
+    assert outliers({"a": 0.0, "b": 0.0, "c": 2.0}) == {} == outliers({})
+
+
+def test_a_client_hears_which_of_its_updates_counted():
+    """What it kept of the refused one is void, see client.personal."""
+
+    class OnceBad(Client):
+        def reply(self, request: TrainRequest) -> Answer:
+            if request.round == 2:
+                return REFUSED["NaN"][0](self.trained(request))
+            return super().reply(request)
+
+    bad, good = OnceBad("1"), Client("2")
+    seen = run(grid=FakeGrid(nodes(c1=bad, c2=good)), rounds=4)
+    assert [request.counted for request in bad.heard] == [0, 1, 1, 3]
+    assert [request.counted for request in good.heard] == [0, 1, 2, 3]
+    assert seen.last.state.counted == {"0": 4, "1": 4, "2": 4, "3": 4}
 
 
 def test_metrics_that_are_nonsense_are_left_out_and_the_update_is_used():

@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federations import LAYER, federation
+from federations import LAYER, Federation, federation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgraft.adapter import Adapter
+from fedgraft.adapter import Adapter, LoraLayer, Tensors
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from strategies.fitness import check_rule
 from strategies.ranks import RankScaling, assigned, by_rank, by_root, cut_adapter, padded
 from strategies.registry import build_rule
+from strategies.strategy import AdapterStrategy
 
 FEDAVG = build_rule("fedavg")
 
@@ -74,7 +75,8 @@ def test_by_memory_halves_until_it_fits() -> None:
     gib = 1 << 30
     memory = {"a": 64 * gib, "b": 63 * gib, "c": 32 * gib, "d": 10 * gib, "e": 0, "f": gib // 4}
     ranks = assigned("by-memory", 16, memory)
-    assert ranks == {"a": 16, "b": 16, "c": 8, "d": 2, "e": 16, "f": 1}
+    assert ranks == {"a": 16, "b": 16, "c": 8, "d": 2, "e": 1, "f": 1}  # e does not say
+    assert assigned("by-memory", 16, {"a": 0, "b": 0}) == {"a": 16, "b": 16}
 
 
 @pytest.mark.parametrize(
@@ -103,3 +105,69 @@ def test_layers_of_the_clients_rank_or_less_are_left_as_they_are() -> None:
     whole = adapter(2, 2.0)
     assert cut_adapter(whole, 3, FEDAVG.cut, by_rank).layers[LAYER] is whole.layers[LAYER]
     assert replace(whole, residual={}).digest() == whole.digest()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "remedy"),
+    [
+        (
+            {"strategy.name": "fedex-lora", "strategy.server-optimizer": "adam"},
+            "fedex-lora takes no server optimiser",
+            "fedavg",
+        ),
+        ({"strategy.name": "fedprox"}, "no rule of its own", "train.proximal-mu"),
+        (
+            {"strategy.name": "lora-a2", "train.optimizer-state": "keep"},
+            "under lora-a2 factors and ranks take turns",
+            "fedavg",
+        ),
+        (
+            {"strategy.name": "fedrot-lora", "train.optimizer-state": "keep"},
+            "under fedrot-lora factors are turned",
+            "fedavg",
+        ),
+        (
+            {"strategy.name": "multi-krum", "strategy.selected": 10, "federation.clients": 10},
+            "7 count as honest (strategy.byzantine is 3 when unset)",
+            "Set strategy.selected to 7 or less",
+        ),
+        ({"strategy.name": "hetlora", "strategy.min-rank": 9}, "no client would ever", "gamma=1"),
+        ({"strategy.name": "fed-sb", "federation.rounds": 1}, "nothing would be trained", "2 or"),
+    ],
+)
+def test_what_rules_cannot_honour_is_refused(
+    settings: dict[str, object], said: str, remedy: str
+) -> None:
+    config = Config().with_overrides(settings)
+    with pytest.raises(ConfigError) as caught:
+        check_rule(build_rule(config.strategy.name, config.strategy.options), config)
+    assert said in caught.value.message and remedy in caught.value.remedy
+
+
+def test_the_strategy_refuses_mixed_ranks_as_a_config_does() -> None:
+    with pytest.raises(ConfigError, match="ranks is set, and lora-fair needs all"):
+        AdapterStrategy("lora-fair", ranks=[2, 1])
+
+
+def test_ranks_that_only_some_clients_have_do_not_fade() -> None:
+    """By hand: rank 2 is trained by one of two clients, then by none. FedAvg, equal weights."""
+    current = Adapter({LAYER: LoraLayer(torch.ones(2, 1), torch.ones(1, 2))})
+
+    def sent(value: float, rank: int) -> Tensors:
+        return {
+            f"{LAYER}.lora_A.weight": torch.full((rank, 1), value),
+            f"{LAYER}.lora_B.weight": torch.full((1, rank), value),
+        }
+
+    def aggregated(name: str, *ranks: int) -> tuple[list[float], list[float]]:
+        updates = {
+            str(k): (1.0, padded(sent(4.0, rank), current, lambda *_: 1.0))
+            for k, rank in enumerate(ranks)
+        }
+        fed = Federation(current, updates, {str(k): rank for k, rank in enumerate(ranks)})
+        layer = fed.aggregate(name).adapter.layers[LAYER]
+        return layer.A[:, 0].tolist(), layer.B[0].tolist()
+
+    assert aggregated("fedavg", 2, 1) == ([4.0, 4.0], [4.0, 4.0])  # padding would make it 2
+    assert aggregated("fedavg", 1, 1) == ([4.0, 1.0], [4.0, 1.0])
+    assert aggregated("hetlora", 1, 1) == ([4.0, 1.0], [4.0, 1.0])

@@ -15,6 +15,7 @@ from federations import (
     federation,
     federations,
     numpy_of,
+    of_ranks,
     two_clients,
 )
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +24,8 @@ from rows import ROWS, Row
 
 from fedgraft.adapter import Adapter, LoraLayer
 from fedgraft.config import ConfigError
-from strategies.registry import build_rule
+from strategies.options import SteppedOptions
+from strategies.registry import build_rule, rule_names
 from strategies.rule import SumOnlyRule
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -53,6 +55,120 @@ def test_product_equals_its_dense_definition(row: Row, fed: Federation) -> None:
     expected = row.product(clients, dense.Client(A, B, 0.0))
     size = max(np.linalg.norm(c.B) * np.linalg.norm(c.A) for c in clients)
     np.testing.assert_allclose(whole_product(fed, row), expected, atol=row.tolerance * size)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [r for r in ROWS if r.rule().capabilities.mixed_ranks and (r.oracle or r.product)],
+    ids=str,
+)
+@quick
+@given(fed=federations(), data=st.data())
+def test_mixed_ranks_equal_their_dense_definition(
+    row: Row, fed: Federation, data: st.DataObject
+) -> None:
+    layer = fed.current.layers[LAYER]
+    ranks = [data.draw(st.integers(1, layer.rank)) for _ in fed.updates]
+    mixed, trained = of_ranks(fed, ranks)
+    clients = mixed.clients(factors=row.factors)
+    if row.factors == "AB":  # what is padded is what was trained, alpha / r_k and all
+        np.testing.assert_allclose(
+            layer.scaling * dense.ideal(clients), dense.ideal(trained), rtol=1e-5, atol=1e-5
+        )
+    current = dense.Client(*numpy_of(layer), 0.0)
+    size = max(np.linalg.norm(c.B) * np.linalg.norm(c.A) for c in clients)
+    if row.product is not None:
+        found = whole_product(mixed, row)
+        np.testing.assert_allclose(found, row.product(clients, current), atol=1e-6 * size)
+        return
+    assert row.oracle is not None
+    expected = row.mixed(clients, ranks, current) if row.mixed else row.oracle(clients)
+    made = numpy_of(mixed.aggregate(row.rule()).adapter.layers[LAYER])
+    size = max(np.abs(c.B).max() for c in [*clients, current])
+    for found, wanted in zip(made, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * max(1.0, size))
+
+
+@rows
+@quick
+@given(fed=federations(), factor=st.sampled_from([1e-3, 0.5, 3.0, 1e4]))
+def test_a_common_factor_of_all_weights_changes_nothing(
+    row: Row, fed: Federation, factor: float
+) -> None:
+    scaled = {client: (factor * w, tensors) for client, (w, tensors) in fed.updates.items()}
+    first = fed.aggregate(row.rule()).adapter
+    second = replace(fed, updates=scaled).aggregate(row.rule()).adapter
+    sizes = [float(c.A.norm() * c.B.norm()) for c in padded_layers(fed)]
+    for made, again in zip(first.layers.values(), second.layers.values(), strict=True):
+        # shares are off by rounding in float64; factors of an SVD may turn, their product not
+        torch.testing.assert_close(
+            made.product(), again.product(), rtol=1e-5, atol=1e-5 * max(sizes)
+        )
+    for name, value in first.extras.items():
+        torch.testing.assert_close(value, second.extras[name], rtol=1e-5, atol=1e-5)
+
+
+def padded_layers(fed: Federation) -> list[LoraLayer]:
+    with fed.spooled() as spool:
+        return [u.factors for u in spool.updates(LAYER, fed.current.layers[LAYER])]
+
+
+@rows
+@quick
+@given(fed=federations())
+def test_declared_treatment_of_extras_is_true(row: Row, fed: Federation) -> None:
+    """Of heads that are the mean, robust, or nobody's but the client's."""
+    rule, extra = row.rule(), "classifier.weight"
+    if rule.server_optimizer is not None:
+        return
+    made = fed.aggregate(rule).adapter.extras[extra]
+    total = sum(weight for weight, _ in fed.updates.values())
+    mean = sum(w / total * tensors[extra].double() for w, tensors in fed.updates.values())
+    declared = rule.capabilities.extras
+    if row.name == "hetlora":  # the mean by its own weights, see its tests
+        return
+    assert (declared == "personal") == (not rule.plan(1).extras)
+    if declared == "mean":
+        torch.testing.assert_close(made.double(), mean, rtol=1e-6, atol=1e-6)
+    elif declared == "personal":
+        assert torch.equal(made, fed.current.extras[extra])
+    else:
+        assert declared == "robust"
+
+
+@rows
+def test_robust_extras_are_not_the_mean_and_others_are_moved_by_an_outlier(row: Row) -> None:
+    rng = np.random.default_rng(0)
+    fed = federation(rng, d_out=4, d_in=4, r=2, weights=[1.0] * 7)
+    bad = dict(fed.updates["client-0"][1])
+    bad["classifier.weight"] = bad["classifier.weight"] + 1e3
+    fed = replace(fed, updates=fed.updates | {"client-0": (1.0, bad)})
+    rule = row.rule()
+    made = fed.aggregate(rule).adapter.extras["classifier.weight"]
+    moved = float((made - fed.current.extras["classifier.weight"]).abs().max())
+    if rule.server_optimizer is None and rule.plan(1).extras:
+        assert (moved < 10.0) == (rule.capabilities.extras == "robust")
+
+
+@rows
+def test_a_residual_appears_where_it_is_declared(row: Row) -> None:
+    fed = federation(np.random.default_rng(0), d_out=5, d_in=4, r=2, weights=[1.0, 2.0])
+    made = fed.aggregate(row.rule()).adapter
+    assert bool(made.residual) == row.rule().capabilities.base_residual
+
+
+@pytest.mark.parametrize("name", rule_names())
+def test_server_optimisers_go_where_they_are_declared(name: str) -> None:
+    rule = build_rule(name)
+    takes = rule.capabilities.server_optimizer
+    assert takes == (isinstance(rule.options, SteppedOptions) or name == "scaffold")
+    own = {"strategy.server-optimizer": "avgm"}
+    if takes:
+        return
+    with pytest.raises(ConfigError) as caught:
+        build_rule(name, {"server-optimizer": own["strategy.server-optimizer"]})
+    assert "takes no server optimiser" in caught.value.message
+    assert "fedavg" in caught.value.remedy and name not in caught.value.remedy.split(", ")
 
 
 def whole_product(fed: Federation, row: Row) -> np.ndarray:

@@ -143,6 +143,8 @@ def test_options_and_the_server_optimiser_of_the_rule_below() -> None:
         ({"under": "fedsa-lora"}, "changes local training"),
         ({"under": "scaffold"}, "changes local training"),
         ({"under": "lora-fair", "lamda": 1.0}, r"strategy\.lambda"),
+        ({"undr": "rolora"}, "Did you mean strategy.under?"),
+        ({"xyz": 1.0}, "There are: strategy.under, strategy.server-optimizer"),
     ],
 )
 def test_what_it_cannot_go_on_top_of(options: dict[str, Any], message: str) -> None:
@@ -157,6 +159,10 @@ def test_what_it_cannot_go_on_top_of(options: dict[str, Any], message: str) -> N
         ([], "train.optimizer is 'adamw'"),
         (["train.optimizer=sgd", "train.momentum=0.9"], "train.momentum is 0.9"),
         (["train.optimizer=sgd"], "train.grad-clip is 1"),
+        (
+            ["train.optimizer=sgd", "train.grad-clip=0", "train.proximal-mu=0.1"],
+            "train.proximal-mu is 0.1",
+        ),
     ],
 )
 def test_only_plain_sgd_will_do(settings: list[str], found: str) -> None:
