@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
@@ -30,6 +37,14 @@ RECORDED = ("run", "versions")
 
 def _kebab(name: str) -> str:
     return name.rstrip("_").replace("_", "-")
+
+
+def _list_or_by_memory(value: Any) -> Any:
+    if isinstance(value, str) and value != "by-memory":
+        raise ValueError(
+            f'federation.ranks is {value!r}, and may be a list like [8, 4, 2] or "by-memory"'
+        )
+    return value
 
 
 class Group(BaseModel):
@@ -97,7 +112,9 @@ class FederationConfig(Group):
     partition: Literal["iid", "dirichlet", "shards", "domain", "natural"] | None = None
     concentration: Annotated[float, Field(gt=0.0)] = 0.5  # Dirichlet's alpha: small is skewed
     partition_column: str | None = None
-    ranks: list[Positive] | Literal["by-memory"] | None = None  # one a client; all adapter.rank
+    ranks: Annotated[
+        list[Positive] | Literal["by-memory"] | None, BeforeValidator(_list_or_by_memory)
+    ] = None  # one a client; all adapter.rank when unset
 
 
 class TrainConfig(Group):

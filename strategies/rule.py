@@ -274,7 +274,7 @@ class Rule(ABC):
         return {}
 
     def cut(self, layer: LoraLayer, rank: int) -> LoraLayer:
-        """Return a layer of a smaller rank for a client; the product is `scaling * B A` as it stands.
+        """Return a layer of a smaller rank for a client; the product is `scaling * B A` as it is.
 
         By default the first `rank` rows of A and columns of B: factors that are averaged must keep
         their rows, so all clients train the first ones. Rules that remake the basis return the best

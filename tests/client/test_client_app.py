@@ -199,8 +199,11 @@ def test_garbage_is_refused_and_names_the_tensor(tiny: Config, start: Tensors):
 def test_optimizer_state_is_kept_by_lineage_and_round(tiny: Config, start: Tensors, tmp_path: Path):
     keep = tiny.with_overrides({"train.optimizer-state": "keep"})
 
-    def train_round(tensors: Tensors, round: int, lineage: str = "one") -> Tensors:
-        content = TrainRequest(round, to_arrays(tensors), lineage=lineage).encode()
+    def train_round(
+        tensors: Tensors, round: int, lineage: str = "one", counted: int = -1
+    ) -> Tensors:
+        request = TrainRequest(round, to_arrays(tensors), lineage=lineage, counted=counted)
+        content = request.encode()
         reply = answer("train", content, keep, personal=tmp_path)
         assert reply.arrays is not None, reply.refusal
         return from_arrays(reply.arrays)
@@ -213,6 +216,9 @@ def test_optimizer_state_is_kept_by_lineage_and_round(tiny: Config, start: Tenso
     # Another lineage has no state yet, and so another second round.
     assert digest(train_round(first, 2, lineage="other")) != digest(second)
     assert digest(train_round(start, 1, lineage="third")) == digest(first)
+    # Nor has a client whose first update the server refused.
+    assert digest(train_round(first, 2, counted=1)) == digest(second)
+    assert digest(train_round(first, 2, counted=0)) != digest(second)
 
 
 def test_nothing_is_kept_unless_asked_for(tiny: Config, start: Tensors, tmp_path: Path):

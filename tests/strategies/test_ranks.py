@@ -144,6 +144,11 @@ def test_what_rules_cannot_honour_is_refused(
     assert said in caught.value.message and remedy in caught.value.remedy
 
 
+def test_a_word_that_is_no_way_to_choose_ranks_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'by-mem', and may be a list like \[8, 4, 2\] or"):
+        Config().with_overrides({"federation.ranks": "by-mem"})
+
+
 def test_the_strategy_refuses_mixed_ranks_as_a_config_does() -> None:
     with pytest.raises(ConfigError, match="ranks is set, and lora-fair needs all"):
         AdapterStrategy("lora-fair", ranks=[2, 1])
