@@ -2,8 +2,8 @@
 
     python benchmarks/comparison.py --list
     python benchmarks/comparison.py domain label-skew
-    python benchmarks/comparison.py tune --seeds 100
-    python benchmarks/comparison.py sst2 --base FOLDER --data ../shared/data/sst2 --seeds 0 1 2
+    python benchmarks/comparison.py tune tune-sgd --seeds 100
+    python benchmarks/comparison.py sst2 --base FOLDER --data train.tsv --seeds 0 1 2
 
 Each is what `fedgraft compare` does: settings are those of docs/examples/every-rule.toml, with the
 experiment's own over them, and the directory below --out holds an ordinary comparison with its
@@ -12,7 +12,8 @@ standard deviation over seeds; the paired difference from the first row with its
 megabytes of a whole run, all clients together; seconds of training and of combining; and the
 relative aggregation bias that the rule leaves, in the first round and the mean over rounds.
 
-`tune` prints which learning rate is best on validation for each rule; every-rule.toml holds them.
+The tuning ones print which learning rate is best on validation for each rule; every-rule.toml holds
+what they found.
 """
 
 from __future__ import annotations
@@ -48,6 +49,23 @@ EVERY_RULE = (
     *("geometric-median", "norm-bounding"),
 )
 TELLING = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "fedex-lora", "rolora")
+SENTIMENT = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "rolora")
+SST2 = {
+    "task.name": "text-classification",
+    "task.max-length": 32,
+    "task.samples": 1200,
+    "evaluate.samples": 400,
+    "evaluate.every": 5,
+    "federation.partition": "dirichlet",
+    "federation.concentration": 0.3,
+    "federation.rounds": 10,
+    "train.steps": 4,
+    "train.batch-size": 16,
+    "train.lr": 0.002,
+    "compare.flexlora.train.lr": 0.002,
+    "compare.rolora.train.lr": 0.002,
+    "threads": 1,
+}
 PLAIN_SGD = ("fedavg-sgd", "scaffold")
 
 
@@ -107,23 +125,14 @@ EXPERIMENTS = {
         {**SHORT, "federation.ranks": [8, 8, 4, 2, 1, 1]},
         ("fedavg", "ffa-lora", "flora", "flexlora", "flexlora-rank-aware", "hetlora"),
     ),
+    "tune-sst2": Experiment(
+        "learning rates for sst2", SST2, SENTIMENT, grid={"train.lr": [0.001, 0.002, 0.004]}
+    ),
     "sst2": Experiment(
         "sentiment of 1,200 sentences, six clients by Dirichlet 0.3 over labels, MiniLM",
-        {
-            "task.name": "text-classification",
-            "task.max-length": 32,
-            "task.samples": 1200,
-            "evaluate.samples": 400,
-            "evaluate.every": 5,
-            "federation.partition": "dirichlet",
-            "federation.concentration": 0.3,
-            "federation.clients": 6,
-            "federation.rounds": 10,
-            "train.steps": 4,
-            "train.batch-size": 16,
-            "threads": 1,
-        },
-        ("fedavg", "ffa-lora", "lora-fair", "flexlora", "rolora"),
+        SST2,
+        SENTIMENT,
+        ("base", "centralised"),
     ),
 }
 
@@ -158,7 +167,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--strategies", nargs="+", help="only these")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--base", help="sst2: the encoder's folder or Hub id")
-    parser.add_argument("--data", help="sst2: the folder of train.tsv and dev.tsv")
+    parser.add_argument("--data", help="sst2: a file or folder of sentences and labels")
     return parser.parse_args(argv)
 
 

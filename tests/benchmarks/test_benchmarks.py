@@ -61,7 +61,7 @@ def test_every_experiment_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rule honours the settings that it is compared with, and has a label of its own."""
     comparison = load(monkeypatch, "comparison")
     for name in comparison.EXPERIMENTS:
-        if name == "sst2":  # needs a model and data that are not here
+        if "sst2" in name:  # needs a model and data that are not here
             continue
         for variant in plan_of(comparison, name).variants().values():
             check(variant)
