@@ -14,11 +14,11 @@ The server keeps Abar = sum p_k A_k and Bbar = sum p_k B_k. Their product is not
 clients' products: Bbar Abar lacks the cross terms sum p_k (B_k - Bbar)(A_k - Abar), which the host
 logs as the aggregation bias.
 
-Clients of different ranks: a rank (a row of A and a column of B) is averaged over the clients that
-have it, with weights p_k over their sum, and one that no client of the round has stays as it is.
-Averaging the padding's zeros too, as the usual baseline does, multiplies what only some clients
-have by their share in every round, in A and in B, until it is gone; and a rank whose A and B are
-both zero never gets a gradient again.
+Clients of different ranks are padded with zeros, which are averaged like other values. That
+multiplies what only some clients have by their share in every round; but small clients learn with
+their few ranks what the others learn with all of theirs, so averaging each rank over its holders
+alone counts it twice, and was 13 points worse (docs/strategies.md). A rank that no client of the
+round has stays as it is: with A and B both zero it would never get a gradient again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ import torch
 from fedgraft.adapter import LoraLayer, Tensors
 from strategies.options import SteppedOptions
 from strategies.rule import Capabilities, LayerContext, LayerUpdate, Phase, SumOnlyRule
-
-_ROUNDING = 1e-9
-"""What shares that add up to 1 may lack of it."""
 
 
 def both_factors(update: LoraLayer, context: LayerContext) -> Tensors:
@@ -53,14 +50,10 @@ def _with_ranks(update: LayerUpdate, context: LayerContext) -> Tensors:
     return {"A": update.A, "B": update.B, "held": ranks < update.own_rank}
 
 
-def _over_holders(mean: Tensors, context: LayerContext) -> Tensors:
-    """The means of each rank over the clients that have it; the current one where nobody has."""
+def _keep_unheld(mean: Tensors, context: LayerContext) -> Tensors:
+    """The means, and the current ranks where nobody has any."""
     current, held = context.current, mean["held"]
     A, B = mean["A"], mean["B"]
-    some = (held > 0.0) & (held < 1.0 - _ROUNDING)
-    if bool(some.any()):
-        A[some] /= held[some, None]
-        B[:, some] /= held[some]
     none = held == 0.0
     A[none], B[:, none] = current.A.double()[none], current.B.double()[:, none]
     return {"A": A, "B": B}
@@ -76,5 +69,5 @@ class FedAvg(SumOnlyRule):
     Options = SteppedOptions
 
     def phases(self, round: int) -> tuple[Phase, ...]:
-        """Return the one phase: the means of both factors, of each rank over who has it."""
-        return (Phase("means", _with_ranks, _over_holders),)
+        """Return the one phase: the means of both factors."""
+        return (Phase("means", _with_ranks, _keep_unheld),)

@@ -32,20 +32,6 @@ def means(clients: list[Client]) -> tuple[np.ndarray, np.ndarray]:
     return sum(c.share * c.A for c in clients), sum(c.share * c.B for c in clients)
 
 
-def means_of_holders(
-    clients: list[Client], ranks: list[int], current: Client
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rank by rank the means over the clients that have it; the current one where nobody has."""
-    A, B = current.A.copy(), current.B.copy()
-    for j in range(len(A)):
-        holders = [c for c, rank in zip(clients, ranks, strict=True) if rank > j]
-        total = sum(c.share for c in holders)
-        if holders:
-            A[j] = sum(c.share / total * c.A[j] for c in holders)
-            B[:, j] = sum(c.share / total * c.B[:, j] for c in holders)
-    return A, B
-
-
 def means_and_unheld(
     means_of: Callable[[list[Client]], tuple[np.ndarray, np.ndarray]],
     clients: list[Client],

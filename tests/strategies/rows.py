@@ -61,7 +61,11 @@ def mean_of_products(clients: list[dense.Client], current: dense.Client) -> np.n
 
 
 ROWS = [
-    Row("fedavg", oracle=dense.means, mixed=dense.means_of_holders),
+    Row(
+        "fedavg",
+        oracle=dense.means,
+        mixed=lambda *round: dense.means_and_unheld(dense.means, *round),
+    ),
     Row("ffa-lora", factors="B", oracle=dense.means),
     # the condition number of G + lambda I is at most 1 + r / lambda_rel; float32 contributions
     # (eps 6e-8) of drifts that do not average out are amplified by its root
