@@ -17,8 +17,8 @@ logs as the aggregation bias.
 Clients of different ranks are padded with zeros, which are averaged like other values. That
 multiplies what only some clients have by their share in every round; but small clients learn with
 their few ranks what the others learn with all of theirs, so averaging each rank over its holders
-alone counts it twice, and was 13 points worse (docs/strategies.md). A rank that no client of the
-round has stays as it is: with A and B both zero it would never get a gradient again.
+alone counts it twice, and was far worse when it was tried. A rank that no client of the round has
+stays as it is: with A and B both zero it would never get a gradient again.
 """
 
 from __future__ import annotations
