@@ -127,10 +127,13 @@ WEIGHTS = st.lists(st.integers(1, 5000).map(float), min_size=1, max_size=7)
 
 
 @st.composite
-def federations(draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16)) -> Federation:
+def federations(
+    draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16), *, odd: bool = False
+) -> Federation:
     """Shapes (d = r as often as not), ranks, weights, client counts, drift and dtype drawn.
 
-    One client in some federations has an update of zeros, or factors whose ranks are all the same.
+    With `odd`, one client of some federations has an update of zeros, or factors whose ranks are
+    all the same.
     """
     r = draw(st.integers(1, 5))
     fed = federation(
@@ -142,12 +145,12 @@ def federations(draw: st.DrawFn, dtypes: Any = (torch.float32, torch.float16)) -
         drift=draw(st.sampled_from([1.0, 0.3, 0.03])),
         dtype=draw(st.sampled_from(list(dtypes))),
     )
-    odd = draw(st.sampled_from(["", "", "zeros", "one direction"]))
-    if not odd:
+    kind = draw(st.sampled_from(["", "", "zeros", "one direction"])) if odd else ""
+    if not kind:
         return fed
     client, (weight, tensors) = next(iter(fed.updates.items()))
     made = {
-        name: _one_direction(name, tensor) if odd == "one direction" else torch.zeros_like(tensor)
+        name: _one_direction(name, tensor) if kind == "one direction" else torch.zeros_like(tensor)
         for name, tensor in tensors.items()
     }
     return replace(fed, updates=fed.updates | {client: (weight, made)})

@@ -29,12 +29,12 @@ from strategies.registry import build_rule, rule_names
 from strategies.rule import SumOnlyRule
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.oracle], ids=str)
 @quick
-@given(fed=federations())
+@given(fed=federations(odd=True))
 def test_factors_equal_their_dense_definition(row: Row, fed: Federation) -> None:
     assert row.oracle is not None
     expected_A, expected_B = row.oracle(fed.clients(factors=row.factors))
@@ -47,7 +47,7 @@ def test_factors_equal_their_dense_definition(row: Row, fed: Federation) -> None
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.product], ids=str)
 @quick
-@given(fed=federations())
+@given(fed=federations(odd=True))
 def test_product_equals_its_dense_definition(row: Row, fed: Federation) -> None:
     assert row.product is not None
     clients = fed.clients(factors=row.factors)
@@ -63,7 +63,7 @@ def test_product_equals_its_dense_definition(row: Row, fed: Federation) -> None:
     ids=str,
 )
 @quick
-@given(fed=federations(), data=st.data())
+@given(fed=federations(odd=True), data=st.data())
 def test_mixed_ranks_equal_their_dense_definition(
     row: Row, fed: Federation, data: st.DataObject
 ) -> None:
@@ -91,7 +91,7 @@ def test_mixed_ranks_equal_their_dense_definition(
 
 @rows
 @quick
-@given(fed=federations(), factor=st.sampled_from([1e-3, 0.5, 3.0, 1e4]))
+@given(fed=federations(odd=True), factor=st.sampled_from([1e-3, 0.5, 3.0, 1e4]))
 def test_a_common_factor_of_all_weights_changes_nothing(
     row: Row, fed: Federation, factor: float
 ) -> None:
@@ -115,7 +115,7 @@ def padded_layers(fed: Federation) -> list[LoraLayer]:
 
 @rows
 @quick
-@given(fed=federations())
+@given(fed=federations(odd=True))
 def test_declared_treatment_of_extras_is_true(row: Row, fed: Federation) -> None:
     """Of heads that are the mean, robust, or nobody's but the client's."""
     rule, extra = row.rule(), "classifier.weight"
@@ -185,7 +185,7 @@ def whole_product(fed: Federation, row: Row) -> np.ndarray:
 
 @rows
 @quick
-@given(fed=federations(), data=st.data())
+@given(fed=federations(odd=True), data=st.data())
 def test_order_of_arrival_changes_no_bit(row: Row, fed: Federation, data: st.DataObject) -> None:
     order = data.draw(st.permutations(list(fed.updates)))
     shuffled = replace(fed, updates={client: fed.updates[client] for client in order})
@@ -196,7 +196,7 @@ def test_order_of_arrival_changes_no_bit(row: Row, fed: Federation, data: st.Dat
 
 @rows
 @quick
-@given(fed=federations(), copies=st.integers(1, 6), weight=st.floats(1e-3, 1e6))
+@given(fed=federations(odd=True), copies=st.integers(1, 6), weight=st.floats(1e-3, 1e6))
 def test_equal_clients_are_what_they_all_are(
     row: Row, fed: Federation, copies: int, weight: float
 ) -> None:
@@ -225,7 +225,7 @@ def test_equal_clients_are_what_they_all_are(
 
 @rows
 @quick
-@given(fed=federations(), scaling=st.sampled_from([0.25, 1.0, 4.0]))
+@given(fed=federations(odd=True), scaling=st.sampled_from([0.25, 1.0, 4.0]))
 def test_scaling_is_carried_and_does_not_bend_the_factors(
     row: Row, fed: Federation, scaling: float
 ) -> None:
@@ -245,7 +245,7 @@ def test_scaling_is_carried_and_does_not_bend_the_factors(
 
 @rows
 @quick
-@given(fed=federations())
+@given(fed=federations(odd=True))
 def test_declared_capabilities_are_true(row: Row, fed: Federation) -> None:
     rule = row.rule()
     assert rule.capabilities.sum_only == isinstance(rule, SumOnlyRule)
