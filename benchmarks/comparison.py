@@ -53,18 +53,18 @@ SENTIMENT = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "rolora")
 SST2 = {
     "task.name": "text-classification",
     "task.max-length": 32,
-    "task.samples": 1200,
+    "task.samples": 4000,
     "evaluate.samples": 300,
-    "evaluate.every": 8,
+    "evaluate.every": 16,
     "federation.partition": "dirichlet",
     "federation.concentration": 1.0,
-    "federation.rounds": 8,
-    "train.steps": 4,
+    "federation.rounds": 16,
+    "train.steps": 8,
     "train.batch-size": 8,
     "train.lr": 0.002,
     "compare.flexlora.train.lr": 0.002,
     "compare.rolora.train.lr": 0.002,
-    "compare.ffa-lora.train.lr": 0.004,
+    "compare.ffa-lora.train.lr": 0.008,
     "threads": 1,
 }
 PLAIN_SGD = ("fedavg-sgd", "scaffold")
@@ -132,7 +132,7 @@ EXPERIMENTS = {
         ("fedavg", "ffa-lora", "flora", "flexlora", "flexlora-rank-aware", "hetlora"),
     ),
     "sst2": Experiment(
-        "sentiment of 1,200 sentences, six clients by Dirichlet 1 over labels, MiniLM",
+        "sentiment of 4,000 sentences, six clients by Dirichlet 1 over labels, MiniLM",
         SST2,
         SENTIMENT,
         ("base", "centralised"),

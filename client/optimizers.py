@@ -19,7 +19,10 @@ def make_optimizer(
     settings: TrainConfig,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return a fresh AdamW or SGD over the parameters, in their order.
+    """Return a fresh optimizer over the parameters, in their order.
+
+    AdamW and SGD are torch's; AdamW with an 8-bit state (Dettmers et al. 2022, arXiv:2110.02861),
+    or one that may move to the machine's memory, is bitsandbytes' and runs on CUDA.
 
     Args:
         parameters: by tensor name; those of one rate beside each other.
@@ -41,6 +44,18 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             fused=True,
         )
+    if settings.optimizer != "adamw":
+        import bitsandbytes
+
+        kind = {
+            "adamw-8bit": "AdamW8bit",
+            "paged-adamw": "PagedAdamW32bit",
+            "paged-adamw-8bit": "PagedAdamW8bit",
+        }[settings.optimizer]
+        made: torch.optim.Optimizer = getattr(bitsandbytes.optim, kind)(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        return made
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 

@@ -6,6 +6,7 @@ of one client is left for the next; the frozen weights are never touched.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from client.latent import Latent
 from client.optimizers import make_optimizer, optimizer_tensors, rate_of, restore_optimizer
 from fedgraft.adapter import Adapter, Tensors, pad_rank, parse_factor
 from fedgraft.config import TrainConfig
+from fedgraft.devices import is_out_of_memory, release_memory
 from fedgraft.errors import DIVERGED, RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.schedule import learning_rate
@@ -27,6 +29,10 @@ from fedgraft.tasks.task import Batch, Examples, Task
 from strategies.local import Trained, Training
 from strategies.ranks import cut_factor, ranks_of
 
+log = logging.getLogger(__name__)
+
+LOSS_SCALE = 4096.0
+"""What the loss is multiplied by in float16 at first."""
 PLAIN = Training()
 """The plain loop: both factors and all extras."""
 
@@ -140,6 +146,7 @@ class _Loop:
         rate: the learning rates of the steps so far, added up.
         latent: what trains in place of parameters that lie behind a basis.
         ranks: the client's own rank by factor, which the model's may be padded from.
+        scale: what the loss is multiplied by, so that float16 holds its gradients; else 1.
     """
 
     def __init__(
@@ -161,6 +168,7 @@ class _Loop:
             self.settings = work.settings.model_copy(update=update)
         self.steps = self.settings.steps_for(len(examples))
         self.rate = 0.0
+        self.scale = LOSS_SCALE if model.half_precision else 1.0
         self.latent = Latent(parameters, work.how.bases)
         self.optimizer = make_optimizer(self.latent.leaves, self.settings, work.how.rates)
         if optimizer_state is not None:
@@ -203,7 +211,7 @@ class _Loop:
         settings, how = self.settings, self.work.how
         for parameter in self.parameters.values():
             parameter.grad = None
-        loss = _backward(self.model, self.task, self.examples, indices, settings.micro_batch)
+        loss = self._gradient(indices)
         if settings.proximal_mu:
             for name, parameter in self.parameters.items():
                 _add_proximal(parameter, self.start[name], settings.proximal_mu)
@@ -226,6 +234,56 @@ class _Loop:
                 parameter.copy_(torch.where(mask, parameter, self.start[name]))
         return loss
 
+    def _gradient(self, indices: np.ndarray) -> Tensor:
+        """Add one batch's gradient, in micro-batches as small as memory asks for; return its loss.
+
+        Raises:
+            RunError: memory does not suffice for a single example.
+        """
+        while True:
+            limits = (len(indices), self.settings.micro_batch, self.model.micro_batch)
+            size = min(limit for limit in limits if limit is not None)
+            try:
+                loss = _backward(self.model, self.task, self.examples, indices, size, self.scale)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                if not self._underflown():
+                    return loss
+                continue
+            # Here and not above, where the error still holds what had been allocated.
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            release_memory(self.model.device)
+            if size == 1:
+                raise RunError(
+                    f"client {self.work.client} has not enough memory on {self.model.device} for "
+                    "one example",
+                    "Lower task.max-length, set model.gradient-checkpointing, or quantise the base "
+                    "(model.quantization).",
+                )
+            self.model.micro_batch = -(-size // 2)
+            log.warning("out of memory: going on with micro-batches of %d", self.model.micro_batch)
+
+    def _underflown(self) -> bool:
+        """Undo the scale of the gradients; whether it was too large, and has been halved.
+
+        Float16 holds no gradient below 6e-8, so the loss is scaled up first (Micikevicius et al.
+        2018, arXiv:1710.03740, section 3.2), as far as it overflows nowhere.
+        """
+        if self.scale == 1.0:
+            return False
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            for gradient in gradients:
+                gradient.div_(self.scale)
+            return False
+        self.scale /= 2.0
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return True
+
     def kept(self) -> Tensors:
         """Return the optimizer's state where the config keeps it."""
         if self.settings.optimizer_state != "keep":
@@ -234,10 +292,17 @@ class _Loop:
 
 
 def _backward(
-    model: ResidentModel, task: Task, examples: Examples, indices: np.ndarray, micro: int | None
+    model: ResidentModel,
+    task: Task,
+    examples: Examples,
+    indices: np.ndarray,
+    size: int,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Add one batch's gradient, in micro-batches of equal weight per term; return its mean loss."""
-    size = micro or len(indices)
+    """Add `scale` times one batch's gradient; return its mean loss.
+
+    It goes through micro-batches of `size` examples, of equal weight per term.
+    """
     parts: list[Batch] = [
         model.to_device(examples.batch(indices[at : at + size]))
         for at in range(0, len(indices), size)
@@ -246,7 +311,7 @@ def _backward(
     mean = torch.zeros((), device=model.device)
     for part in parts:
         loss = task.loss(model.model, part) / count
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
         mean += loss.detach()
     return mean
 

@@ -79,9 +79,9 @@ def _check_rank(rank: int, layers: Mapping[str, nn.Module]) -> None:
         ConfigError: it is larger than the smaller side of a layer's weight.
     """
     shapes = {
-        name: tuple(weight.shape)
+        name: shape
         for name, module in layers.items()
-        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 2
+        if (shape := _weight_shape(module)) is not None
     }
     if not shapes:
         return
@@ -93,3 +93,11 @@ def _check_rank(rank: int, layers: Mapping[str, nn.Module]) -> None:
             f"Set adapter.rank to at most {min(shape)}, or leave that layer out of "
             "adapter.targets.",
         )
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape of a layer's matrix; None for a layer without one."""
+    if isinstance(module, nn.Linear):  # whose weight, where it is quantised, is packed otherwise
+        return (module.out_features, module.in_features)
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) and weight.ndim == 2 else None

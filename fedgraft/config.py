@@ -77,8 +77,13 @@ class ModelConfig(Group):
 
     base: str | None = None  # a Hub id or a local folder; digits brings its own
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    offline: bool = False  # read the Hub's local cache only
+    quantization: Literal["none", "int8", "nf4"] = "none"  # by bitsandbytes, on CPU and CUDA
+    double_quantization: bool = True  # nf4: the scales of its blocks are quantised, too
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # stored and computed in
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # the base's own
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
 
 
 class AdapterConfig(Group):
@@ -125,7 +130,7 @@ class TrainConfig(Group):
     batch_size: Positive = 25
     micro_batch: Positive | None = None  # examples a forward pass; the whole batch when unset
     lr: Annotated[float, Field(gt=0.0)] = 8e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     optimizer_state: Literal["reset", "keep"] = "reset"
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd only
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -138,6 +143,10 @@ class TrainConfig(Group):
     def _steps_or_epochs(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("train.steps and train.epochs exclude each other: set one of them")
+        if self.optimizer not in ("adamw", "sgd") and self.optimizer_state == "keep":
+            raise ValueError(
+                f"train.optimizer-state is keep, and the state of {self.optimizer} cannot be kept"
+            )
         return self
 
     def steps_for(self, examples: int) -> int:

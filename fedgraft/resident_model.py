@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedgraft import quantization
+from fedgraft.activations import recompute_activations
 from fedgraft.adapter import (
     Adapter,
     LoraLayer,
@@ -27,6 +29,7 @@ from fedgraft.adapter import (
 )
 from fedgraft.attachment import attach
 from fedgraft.config import Config
+from fedgraft.devices import check_optimizer, pick_device
 from fedgraft.errors import ModelError
 from fedgraft.registry import load_plugin
 from fedgraft.seeds import stream
@@ -47,35 +50,19 @@ def load_task(config: Config) -> Task:
     return task
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device that `model.device` names; "auto" is the best one here.
+def hash_base(model: nn.Module, quantised_as: str = "none") -> str:
+    """Return the base's identity: SHA-256 of its source tensors and quantisation settings.
 
-    Raises:
-        ModelError: no such device on this machine.
+    Of a quantised base the packed bytes, which differ by machine, are left out; what they were made
+    of counts instead, and every tensor that is not quantised as it is.
     """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"model.device {name!r} cannot be used here: {str(error).splitlines()[0]}",
-            'Set model.device to "auto" or "cpu".',
-        ) from error
-    return device
-
-
-def hash_base(model: nn.Module, quantization: str = "none") -> str:
-    """Return the base's identity: SHA-256 of its source tensors and quantisation settings."""
-    total = hashlib.sha256(f"quantization={quantization}".encode())
+    total = hashlib.sha256(f"quantization={quantised_as}".encode())
+    if (source := quantization.source_of(model)) is not None:
+        total.update(f"\x1fsource={source}".encode())
+    packed = tuple(f"{name}." for name in quantization.quantised_modules(model))
     for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        total.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        if not name.startswith(packed) or name.endswith(".bias"):
+            quantization.hash_tensor(total, name, tensor)
     return total.hexdigest()
 
 
@@ -92,15 +79,22 @@ class ResidentModel:
         parameters: the trainable parameters by their adapter tensor names, in stable order.
         scaling: alpha / r of every layer.
         threads: torch threads that work on this model uses.
+        micro_batch: the most examples of a forward pass that memory has been found to suffice for;
+            None while it always did.
+        half_precision: whether gradients pass through float16, whose range they may fall short of.
     """
 
     def __init__(self, task: Task, config: Config) -> None:
         self.device = pick_device(config.model.device)
-        # Moved before PEFT attaches: moving afterwards leaves optimizers on stale tensors.
-        base = task.load_base().to(self.device)
-        self.base_hash = hash_base(base)
+        check_optimizer(config.train.optimizer, self.device)
+        base = _on_device(task, config, self.device)
+        self.base_hash = hash_base(base, quantization.describe(config.model))
         self.threads = config.threads or default_threads(sum(p.numel() for p in base.parameters()))
+        if config.model.gradient_checkpointing:
+            recompute_activations(base)
         self.model = attach(base, task, config).eval()
+        if config.model.dtype != "float32":
+            _train_in_float32(self.model, task.extras)
         self.scaling = config.adapter.scaling
         named = {
             _adapter_name(name): parameter
@@ -113,6 +107,8 @@ class ResidentModel:
             for name in self.parameters
             if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
         }
+        self.micro_batch: int | None = None
+        self.half_precision = config.model.dtype == "float16"
         self._residual: list[torch.utils.hooks.RemovableHandle] = []
         # Kept, since the next run in this process must not start from the last one's head.
         self._base_extras = {
@@ -284,14 +280,62 @@ def resident_model(task: Task, config: Config) -> ResidentModel:
 
     One model is kept: asking for another base or adapter shape lets the first one go.
     """
-    tree = config.to_dict()
-    adapter = {key: value for key, value in tree["adapter"].items() if key != "from"}
-    task_keys = {key: value for key, value in tree["task"].items() if key != "samples"}
-    key = repr((task_keys, tree["model"], adapter, config.threads))
+    key = _residency(config)
     if key not in _resident:
         _resident.clear()
         _resident[key] = ResidentModel(task, config)
     return _resident[key]
+
+
+def is_resident(config: Config) -> bool:
+    """Whether `resident_model` has this config's model already."""
+    return _residency(config) in _resident
+
+
+def _residency(config: Config) -> str:
+    """Return what of a config makes another resident model."""
+    tree = config.to_dict()
+    adapter = {key: value for key, value in tree["adapter"].items() if key != "from"}
+    task_keys = {key: value for key, value in tree["task"].items() if key != "samples"}
+    return repr((task_keys, tree["model"], adapter, config.threads))
+
+
+def _on_device(task: Task, config: Config, device: torch.device) -> nn.Module:
+    """Load the task's base onto the device.
+
+    Raises:
+        ModelError: it cannot be loaded, or `model.quantization` has quantised nothing of it.
+    """
+    base = task.load_base()
+    if config.model.quantization == "none":
+        # Before PEFT attaches: moving afterwards leaves optimizers on stale tensors.
+        return base.to(device)
+    if not quantization.quantised_modules(base):
+        raise ModelError(
+            f"model.quantization is {config.model.quantization!r}, and the base of task "
+            f"{config.task.name} has no linear layer that can be quantised",
+            'Set model.quantization to "none".',
+        )
+    return base
+
+
+def _train_in_float32(model: nn.Module, extras: Iterable[str]) -> None:
+    """Keep modules that are trained whole in float32 on a base of a narrower type.
+
+    The steps of an optimizer are lost in bfloat16; PEFT sees to the factors itself.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(tuple(f"{extra}.modules_to_save.default" for extra in extras)):
+            module.float()
+            module.register_forward_pre_hook(_widen)
+
+
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: give a float32 module float32 inputs."""
+    return tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
+    )
 
 
 def _adding(

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.serverapp import Grid
 
 from fedgraft import interrupts
 from fedgraft.adapter import Adapter, natural_order, to_arrays
 from fedgraft.config import Config
+from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
@@ -298,7 +296,9 @@ class FederatedRun(RoundHooks):
         wall = self._resumed_wall + time.perf_counter() - self._began
         self.books = replace(self.books, wall_seconds=wall)
         records = self.directory.rounds()
-        summary = summarise(self.config, self.task, self.books, records, final, peak_memory())
+        summary = summarise(
+            self.config, self.task, self.books, records, final, peak_memory(self.model.device)
+        )
         card = adapter_card(self.config, self.model.base_hash, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)
         self.directory.write_summary(summary)
@@ -308,11 +308,3 @@ class FederatedRun(RoundHooks):
 
 def _ordered(descriptions: Mapping[str, str]) -> dict[str, str]:
     return {name: descriptions[name] for name in sorted(descriptions, key=natural_order)}
-
-
-def peak_memory() -> int:
-    """Return this process's peak memory in bytes: the GPU's where one is used, else resident."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.logs import hushed
-from fedgraft.resident_model import resident_model, resident_task
+from fedgraft.memory_estimate import advice, estimate
+from fedgraft.resident_model import SMALL_MODEL, is_resident, resident_model, resident_task
+from fedgraft.tasks.task import Task
 from server.export import read_adapter
 from strategies.fitness import check_rule
 from strategies.registry import build_rule
 
 
-def check(config: Config) -> Config:
+def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Config:
     """Build rule, task, data and model, and return the config with its threads resolved.
+
+    Args:
+        config: what is to run.
+        say: told, before a large base is loaded, how much memory it will take.
 
     Raises:
         ConfigError: an unknown strategy or option, a config that the strategy can't honour, or more
@@ -31,7 +38,15 @@ def check(config: Config) -> Config:
                     f"client {client} of {config.federation.clients} would have no example",
                     "Lower federation.clients, or raise federation.concentration.",
                 )
+        if not is_resident(config):
+            _tell_memory(task, config, say)
         model = resident_model(task, config)
         if config.adapter.from_ is not None:
             read_adapter(Path(config.adapter.from_), model)
     return config.with_overrides({"threads": model.threads})
+
+
+def _tell_memory(task: Task, config: Config, say: Callable[[str], None]) -> None:
+    found = estimate(task, config)
+    if found is not None and (found.parameters >= SMALL_MODEL or not found.fits):
+        say(str(found) if found.fits else f"{found}\n{advice(found, config)}")

@@ -67,7 +67,7 @@ def simulate(
     """
     if resume is not None:
         _leave_out("--resume", {"CONFIG.toml": config_file, "--out": out})
-    with busy("Loading the model and the data"):
+    with busy("Loading the model and the data") as status:
         from server.summary import strategy_label
         from simulations import simulate as simulation
         from simulations.engine import run_engine
@@ -76,7 +76,7 @@ def simulate(
             config, directory = simulation.resume(resume, parse_settings(settings))
         else:
             config = Config.load(config_file, settings)
-            directory = simulation.prepare(config, out)
+            directory = simulation.prepare(config, out, status.console.print)
             config = directory.config()
     with _interruptible("simulate", directory.path):
         if simulation.is_finished(config, directory):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,22 @@ def simulate(config: Config, out: Path | None = None, engine: Engine = "in-proce
     return directory.path
 
 
-def prepare(config: Config, out: Path | None = None) -> RunDirectory:
+def prepare(
+    config: Config, out: Path | None = None, say: Callable[[str], None] = lambda text: None
+) -> RunDirectory:
     """Check a config as far as can be without training, and start its run directory.
+
+    Args:
+        config: the run's config.
+        out: as for `simulate`.
+        say: as for `check`.
 
     Raises:
         ConfigError, DataError, ModelError: what cannot work, found before anything runs.
     """
     path = out or free_path(Path("runs"), f"{config.strategy.name}-seed{config.seed}")
     RunDirectory.check_free(path)
-    checked = check(config)
+    checked = check(config, say)
     return RunDirectory.create(path, checked, lineage(checked))
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedgraft import quantization
 from fedgraft.adapter import natural_order
 from fedgraft.config import Config
+from fedgraft.devices import pick_device
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.seeds import stream
 from fedgraft.tasks.hub import local_path, reason
@@ -39,7 +41,10 @@ _Loaded = TypeVar("_Loaded")
 def load_model(
     auto_class: Any, config: Config, *, heads: Sequence[str] = (), **options: Any
 ) -> nn.Module:
-    """Load the base that `model.base` names, on the CPU, in `model.dtype`, in eval mode.
+    """Load the base that `model.base` names, in `model.dtype`, in eval mode.
+
+    It lies on the CPU; with `model.quantization` on `model.device`, all but the layers that stay as
+    they are quantised, which the log names.
 
     Args:
         auto_class: one of transformers' auto classes, `AutoModelForCausalLM` say.
@@ -53,6 +58,16 @@ def load_model(
         ModelError: the folder is not there, the Hub id cannot be fetched, or it holds no model of
             this kind in safetensors.
     """
+    quantised = config.model.quantization != "none"
+    if quantised:
+        device = pick_device(config.model.device)
+        quantization.check_device(config.model, device)
+        structure = structure_of(auto_class, config)
+        left = quantization.unquantised_modules(structure, heads)
+        quantization.log_unquantised(left)
+        options = options | quantization.loading_options(config.model, device, left)
+    if config.model.attention is not None:
+        options = options | {"attn_implementation": config.model.attention}
 
     def load(source: str, revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
         loaded: tuple[nn.Module, dict[str, Any]] = auto_class.from_pretrained(
@@ -60,6 +75,7 @@ def load_model(
             revision=revision or "main",
             dtype=getattr(torch, config.model.dtype),
             use_safetensors=True,
+            local_files_only=config.model.offline,
             trust_remote_code=False,
             ignore_mismatched_sizes=bool(heads),
             output_loading_info=True,
@@ -78,7 +94,35 @@ def load_model(
             "Download or save the base again.",
         )
     draw_new_weights(model, absent)
+    if quantised:
+        quantization.keep_weights_as_stored(model)
+        quantization.remember_source(model, quantization.digest_files(weight_files(config)))
     return model.eval()
+
+
+def weight_files(config: Config) -> list[Path]:
+    """Return the safetensors files of the base; raises as `load_model` does."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
+
+    def find(source: str, revision: str | None) -> list[Path]:
+        def file(name: str, *, must: bool = True) -> str | None:
+            found: str | None = cached_file(
+                source,
+                name,
+                revision=revision or "main",
+                local_files_only=config.model.offline,
+                _raise_exceptions_for_missing_entries=must,
+            )
+            return found
+
+        index = file(SAFE_WEIGHTS_INDEX_NAME, must=False)
+        names = [SAFE_WEIGHTS_NAME]
+        if index is not None:
+            names = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
+        return [Path(path) for path in map(file, names) if path is not None]
+
+    return _load(config, find)
 
 
 def load_config(config: Config) -> PreTrainedConfig:
@@ -88,7 +132,10 @@ def load_config(config: Config) -> PreTrainedConfig:
     base: PreTrainedConfig = _load(
         config,
         lambda source, revision: AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False
+            source,
+            revision=revision or "main",
+            local_files_only=config.model.offline,
+            trust_remote_code=False,
         ),
     )
     return base
@@ -101,7 +148,10 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _load(
         config,
         lambda source, revision: AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False
+            source,
+            revision=revision or "main",
+            local_files_only=config.model.offline,
+            trust_remote_code=False,
         ),
     )
     # Where its files are missing transformers makes up a tokenizer that knows no word.
@@ -121,7 +171,10 @@ def load_image_processor(config: Config) -> Any:
     return _load(
         config,
         lambda source, revision: processor.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False
+            source,
+            revision=revision or "main",
+            local_files_only=config.model.offline,
+            trust_remote_code=False,
         ),
     )
 
@@ -135,19 +188,42 @@ def head_modules(auto_class: Any, base: PreTrainedConfig) -> tuple[str, ...]:
     Raises:
         ModelError: the architecture has no model of this kind.
     """
-    try:
-        with torch.device("meta"):
-            model = auto_class.from_config(base)
-    except ValueError as error:
-        raise ModelError(
-            f"there is no {auto_class.__name__} for a base of type {base.model_type!r}",
-            "Choose a base whose architecture has one.",
-        ) from error
+    model: Any = _without_weights(auto_class, base)
     return tuple(
         name
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     )
+
+
+def structure_of(auto_class: Any, config: Config, **options: Any) -> nn.Module:
+    """Return the modules of the base in `model.dtype`, without their weights.
+
+    Args:
+        auto_class: as for `load_model`.
+        config: as for `load_model`.
+        options: changes to the base's own config, `num_labels` say.
+
+    Raises:
+        ModelError: as `load_model`, or the architecture has no model of this kind.
+    """
+    base = load_config(config)
+    base.update(options)
+    attention = {"attn_implementation": config.model.attention} if config.model.attention else {}
+    dtype = getattr(torch, config.model.dtype)
+    return _without_weights(auto_class, base, dtype=dtype, **attention)
+
+
+def _without_weights(auto_class: Any, base: PreTrainedConfig, **options: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto_class.from_config(base, **options)
+    except ValueError as error:
+        raise ModelError(
+            f"there is no {auto_class.__name__} for a base of type {base.model_type!r}",
+            "Choose a base whose architecture has one.",
+        ) from error
+    return model
 
 
 def draw_new_weights(model: nn.Module, names: Iterable[str]) -> None:

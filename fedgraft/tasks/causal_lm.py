@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError, ModelError
-from fedgraft.tasks.base_models import load_config, load_model, load_tokenizer
+from fedgraft.tasks.base_models import load_config, load_model, load_tokenizer, structure_of
 from fedgraft.tasks.data_files import Columns
 from fedgraft.tasks.rows import Encoded, RowsTask
-from fedgraft.tasks.sequences import IGNORED, Sequences, Tokens, pad_id, token_limit
+from fedgraft.tasks.sequences import IGNORED, Sequences, Tokens, blank_batch, pad_id, token_limit
 from fedgraft.tasks.splits import load_rows
 from fedgraft.tasks.task import Batch
 
@@ -143,6 +143,16 @@ class CausalLM(RowsTask):
         from transformers import AutoModelForCausalLM
 
         return load_model(AutoModelForCausalLM, self.config)
+
+    def structure(self) -> nn.Module:
+        """Return the base's modules without weights; raises as `structure_of` does."""
+        from transformers import AutoModelForCausalLM
+
+        return structure_of(AutoModelForCausalLM, self.config)
+
+    def largest_batch(self, size: int) -> Batch:
+        """Return rows of as many tokens as are kept of any."""
+        return blank_batch((size, self._limit), (size, self._limit))
 
     def read(self) -> Mapping[str, datasets.Dataset]:
         """Read the template's columns; raises as `load_rows`, `Rows.table` do."""

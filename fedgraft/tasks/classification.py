@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedgraft.config import Config
 from fedgraft.errors import DataError
-from fedgraft.tasks.base_models import head_modules, load_config, load_model
+from fedgraft.tasks.base_models import head_modules, load_config, load_model, structure_of
 from fedgraft.tasks.rows import RowsTask
 from fedgraft.tasks.scoring import accuracy_and_loss, cross_entropy
 from fedgraft.tasks.task import Batch
@@ -59,6 +59,10 @@ class Classification(RowsTask):
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
         )
+
+    def structure(self) -> nn.Module:
+        """Return the base's modules without weights; raises as `structure_of` does."""
+        return structure_of(self.auto_class(), self.config, num_labels=len(self.classes))
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

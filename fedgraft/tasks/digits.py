@@ -95,6 +95,7 @@ class Digits(RowsTask):
         model = load_model(
             AutoModelForImageClassification,
             self.config.with_overrides({"model.base": base}),
+            heads=self.extras,
             # On 17 tokens plain products evaluate a quarter faster than the fused attention.
             attn_implementation="eager",
         )

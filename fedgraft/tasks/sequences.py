@@ -57,6 +57,16 @@ class Sequences:
         }
 
 
+def blank_batch(tokens: tuple[int, int], labels: tuple[int, ...]) -> Batch:
+    """Return a batch of these shapes with nothing in it."""
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.zeros(labels, dtype=torch.int64),
+    }
+
+
 def token_limit(config: Config, base: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens of a row are kept: `task.max-length`, or what the base takes."""
     wanted = config.task.max_length

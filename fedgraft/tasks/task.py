@@ -82,6 +82,15 @@ class Task(ABC):
             ModelError: the folder or the Hub id cannot be loaded.
         """
 
+    def structure(self) -> nn.Module | None:
+        """Return the base's modules without their weights, to tell what it will take; or None."""
+        return None
+
+    def largest_batch(self, size: int) -> Batch:
+        """Return a batch of so many examples, of the largest shape that can occur."""
+        examples = self.train()
+        return examples.batch(np.resize(np.arange(len(examples)), size))
+
     @abstractmethod
     def train(self, client: int | None = None) -> Examples:
         """Return one client's training examples; all clients' together for None."""

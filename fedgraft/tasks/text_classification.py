@@ -13,8 +13,9 @@ from fedgraft.tasks.base_models import load_tokenizer
 from fedgraft.tasks.classification import Classification
 from fedgraft.tasks.data_files import Columns, Rows
 from fedgraft.tasks.rows import Encoded
-from fedgraft.tasks.sequences import Sequences, pad_id, token_limit
+from fedgraft.tasks.sequences import Sequences, blank_batch, pad_id, token_limit
 from fedgraft.tasks.splits import load_rows
+from fedgraft.tasks.task import Batch
 
 if TYPE_CHECKING:
     import datasets
@@ -83,6 +84,10 @@ class TextClassification(Classification):
         if settings.pad_token_id is None:
             settings.pad_token_id = pad_id(self._tokenizer)
         return model
+
+    def largest_batch(self, size: int) -> Batch:
+        """Return texts of as many tokens as are kept of any."""
+        return blank_batch((size, self._limit), (size,))
 
     def preparation(self) -> tuple[Any, ...]:
         """Return the base's tokenizer."""

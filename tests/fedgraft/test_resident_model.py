@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from client.trainer import Assignment, train
 from fedgraft.adapter import Adapter, LoraLayer, natural_order, parse_factor
 from fedgraft.config import Config
+from fedgraft.devices import pick_device
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.resident_model import (
     SMALL_MODEL,
@@ -23,7 +24,6 @@ from fedgraft.resident_model import (
     derive_A,
     hash_base,
     load_task,
-    pick_device,
     resident_model,
     resident_task,
 )

@@ -1,0 +1,82 @@
+"""The machine's devices: which one to use, what memory it has, and when that has run out."""
+
+from __future__ import annotations
+
+import gc
+
+import psutil
+import torch
+
+from fedgraft.errors import ConfigError, ModelError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that `model.device` names; "auto" is the best one here.
+
+    Raises:
+        ModelError: no such device on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"model.device {name!r} cannot be used here: {str(error).splitlines()[0]}",
+            'Set model.device to "auto" or "cpu".',
+        ) from error
+    return device
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Refuse an optimizer that runs on CUDA only, elsewhere.
+
+    Raises:
+        ConfigError: bitsandbytes has no kernels for it on this device.
+    """
+    if name not in ("adamw", "sgd") and device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer is {name!r}, which runs on CUDA only; model.device is {device.type}",
+            "Set train.optimizer to adamw: the state of an adapter's optimizer is small anyway.",
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes of the device's memory that this process has held.
+
+    On CUDA what torch's allocator held; elsewhere all of the process's resident memory.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no more memory to give."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator raises a plain RuntimeError, told by its text alone.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what is cached and no longer used, after an allocation has failed."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
