@@ -77,7 +77,7 @@ def loading_options(
 
 
 def unquantised_modules(model: nn.Module, trained: Iterable[str]) -> dict[str, str]:
-    """Return the linear layers of a base that stay as they are, and why, by name.
+    """Return the linear layers of a base that quantisation leaves as they are, and why, by name.
 
     Args:
         model: the base's structure; it may be without weights.
@@ -166,14 +166,16 @@ def hash_tensor(total: Any, name: str, tensor: Tensor) -> None:
     total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def log_unquantised(left: Mapping[str, str]) -> None:
-    """Name in the log the layers that stay as they are."""
-    log = logging.getLogger(__name__)
+def left_as_they_are(left: Mapping[str, str]) -> str:
+    """Say in a sentence which layers are not quantised, and why; at most three names a reason."""
     by_reason: dict[str, list[str]] = {}
     for name, why in left.items():
         by_reason.setdefault(why, []).append(name)
+    parts = []
     for why, names in by_reason.items():
-        log.info("not quantised, since it %s: %s", why, ", ".join(names))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        parts.append(f"{', '.join(names[:3])}{more} ({why})")
+    return f"Not quantised: {'; '.join(parts)}." if parts else ""
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -79,6 +79,7 @@ class ResidentModel:
         parameters: the trainable parameters by their adapter tensor names, in stable order.
         scaling: alpha / r of every layer.
         threads: torch threads that work on this model uses.
+        unquantised: the linear layers of a quantised base that stay as they are, and why, by name.
         micro_batch: the most examples of a forward pass that memory has been found to suffice for;
             None while it always did.
         half_precision: whether gradients pass through float16, whose range they may fall short of.
@@ -89,6 +90,9 @@ class ResidentModel:
         check_optimizer(config.train.optimizer, self.device)
         base = _on_device(task, config, self.device)
         self.base_hash = hash_base(base, quantization.describe(config.model))
+        self.unquantised: dict[str, str] = {}
+        if config.model.quantization != "none":
+            self.unquantised = quantization.unquantised_modules(base, task.extras)
         self.threads = config.threads or default_threads(sum(p.numel() for p in base.parameters()))
         if config.model.gradient_checkpointing:
             recompute_activations(base)

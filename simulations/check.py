@@ -9,6 +9,7 @@ from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.logs import hushed
 from fedgraft.memory_estimate import advice, estimate
+from fedgraft.quantization import left_as_they_are
 from fedgraft.resident_model import SMALL_MODEL, is_resident, resident_model, resident_task
 from fedgraft.tasks.task import Task
 from server.export import read_adapter
@@ -21,7 +22,8 @@ def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Con
 
     Args:
         config: what is to run.
-        say: told, before a large base is loaded, how much memory it will take.
+        say: told, before a large base is loaded, how much memory it will take, and after that which
+            layers are not quantised.
 
     Raises:
         ConfigError: an unknown strategy or option, a config that the strategy can't honour, or more
@@ -41,6 +43,8 @@ def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Con
         if not is_resident(config):
             _tell_memory(task, config, say)
         model = resident_model(task, config)
+        if text := left_as_they_are(model.unquantised):
+            say(text)
         if config.adapter.from_ is not None:
             read_adapter(Path(config.adapter.from_), model)
     return config.with_overrides({"threads": model.threads})

@@ -64,7 +64,8 @@ def load_model(
         quantization.check_device(config.model, device)
         structure = structure_of(auto_class, config)
         left = quantization.unquantised_modules(structure, heads)
-        quantization.log_unquantised(left)
+        if text := quantization.left_as_they_are(left):
+            log.info("%s", text)
         options = options | quantization.loading_options(config.model, device, left)
     if config.model.attention is not None:
         options = options | {"attn_implementation": config.model.attention}

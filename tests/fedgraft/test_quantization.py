@@ -91,7 +91,16 @@ def test_the_layers_between_are_quantised_and_the_rest_named(
     assert len(names) == 2 * 7
     assert all(name.startswith("model.layers.") for name in names)
     assert type(model.get_submodule("lm_head")) is nn.Linear
-    assert "since it is the output layer: lm_head" in caplog.text
+    assert "Not quantised: lm_head (is the output layer)." in caplog.text
+
+
+def test_what_is_not_quantised_is_said_in_a_sentence() -> None:
+    left = {f"layer.{k}": "has fewer than 64 weights" for k in range(5)} | {"head": "is trained"}
+    assert quantization.left_as_they_are(left) == (
+        "Not quantised: layer.0, layer.1, layer.2 and 2 more (has fewer than 64 weights); "
+        "head (is trained)."
+    )
+    assert quantization.left_as_they_are({}) == ""
 
 
 def test_an_encoders_head_is_not_quantised(tmp_path: Path) -> None:

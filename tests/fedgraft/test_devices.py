@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedgraft.config import Config
+from fedgraft.devices import check_optimizer, free_memory, is_out_of_memory, peak_memory
+from fedgraft.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("error", "out"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: BaseException, out: bool) -> None:
+    assert is_out_of_memory(error) is out
+
+
+def test_torch_says_so_in_these_words() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_memory_is_counted_in_bytes() -> None:
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) > 10**7
+    assert peak_memory(cpu) > 10**8
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_optimizers_for_cuda_are_refused_elsewhere(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"runs on CUDA only; model\.device is cpu"):
+        check_optimizer(name, torch.device("cpu"))
+    check_optimizer(name, torch.device("cuda"))
+    check_optimizer("adamw", torch.device("cpu"))
+
+
+def test_their_state_cannot_be_kept() -> None:
+    with pytest.raises(ConfigError, match="optimizer-state is keep"):
+        Config().with_overrides({"train.optimizer": "adamw-8bit", "train.optimizer-state": "keep"})
