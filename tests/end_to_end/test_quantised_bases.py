@@ -97,7 +97,7 @@ def test_a_run_on_a_quantised_base_resumes_bit_for_bit(
         {
             "model.quantization": kind,
             "federation.rounds": 3,
-            "train.schedule": "constant",  # others span the rounds, which the first part has less of
+            "train.schedule": "constant",  # others span all rounds
         }
     )
     whole = run(config, tmp_path / "whole")
