@@ -105,6 +105,7 @@ def summarise(
         "failed_clients": sum(len(record["failed"]) for record in records),
         "client_descriptions": dict(books.descriptions),
         "client_examples": _examples(records),
+        "validation_examples": _validation_examples(records),
         "client_metric": client_metric(records, books.best_round, task),
     }
 
@@ -143,6 +144,12 @@ def client_metric(
         "mean": fmean(values.values()),
         "sd": pstdev(values.values()),
     }
+
+
+def _validation_examples(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return how many examples the rounds were watched on."""
+    counts = [(record["validation"] or {}).get("examples") for record in records]
+    return next((int(count) for count in reversed(counts) if count is not None), None)
 
 
 def _examples(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
