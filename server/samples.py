@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from fedgraft.adapter import Adapter
+from fedgraft.errors import ConfigError
 from fedgraft.generation import write
 from fedgraft.resident_model import ResidentModel
 from fedgraft.run_directory import RunDirectory
@@ -59,10 +60,16 @@ def fixed_prompts(task: Task) -> Sequence[Question]:
     """Return `evaluate.prompts`; unset, a few validation rows where answers are scored, or none.
 
     Raises:
-        ConfigError: prompts are set for a task whose model writes no text.
+        ConfigError: prompts are set for a task whose model writes no text, or one is empty.
     """
     settings = task.config.evaluate
     if settings.prompts is not None:
-        tokenizer = task.writing().tokenizer
-        return [as_it_stands(prompt, tokenizer) for prompt in settings.prompts]
+        asked = [as_it_stands(prompt, task.writing().tokenizer) for prompt in settings.prompts]
+        for question in asked:
+            if not len(question.tokens):
+                raise ConfigError(
+                    f"evaluate.prompts holds {question.prompt!r}, which has no token",
+                    "Write a word at least: this base's texts start with nothing of their own.",
+                )
+        return asked
     return task.questions("validation", None, SHOWN) if settings.answers is not None else ()

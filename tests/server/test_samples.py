@@ -124,6 +124,17 @@ def test_a_task_without_text_refuses_before_it_trains(tiny: Config, tmp_path: Pa
     assert directory.rounds() == []
 
 
+def test_a_prompt_without_a_token_is_refused(tiny: Config, writing: Config, tmp_path: Path) -> None:
+    """A tokenizer that begins its texts with a token can begin with nothing else."""
+    settings: dict[str, Any] = {"evaluate__answers": None, "evaluate__prompts": ["a film", ""]}
+    go(new(tmp_path / "begins", writing, **settings), federation__rounds=1)
+    bare = save_llama(tmp_path / "llama", begin=False)
+    directory = new(tmp_path / "bare", writing, model__base=str(bare), **settings)
+    with pytest.raises(ConfigError, match=r"evaluate\.prompts holds '', which has no token"):
+        go(directory)
+    go(new(tmp_path / "none", tiny, evaluate__prompts=[]), federation__rounds=1)
+
+
 def test_the_servers_part_of_a_personal_adapter_writes_nothing(
     writing: Config, tmp_path: Path
 ) -> None:
