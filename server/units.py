@@ -44,6 +44,11 @@ class Unit:
         return _NAMES.get(self.metric, self.metric.replace("_", " "))
 
     @property
+    def title(self) -> str:
+        """The metric's name at the start of a title: "Macro F1", "Loss"."""
+        return self.name[:1].upper() + self.name[1:]
+
+    @property
     def axis(self) -> str:
         """The metric's name with its unit, for an axis."""
         return f"{self.name} (%)" if self.share else self.name
