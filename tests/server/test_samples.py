@@ -71,6 +71,18 @@ def test_scores_of_answers_are_recorded(straight: RunDirectory) -> None:
     assert all("rouge_l" not in client["validation"] for client in clients)
 
 
+def test_a_run_may_be_watched_by_its_answers(writing: Config, tmp_path: Path) -> None:
+    settings = {"evaluate__metric": "rouge-l", "evaluate__clients": True, "evaluate__every": 1}
+    directory = new(tmp_path / "run", writing, **settings)
+    summary = go(directory)
+    by_round = [record["validation"]["rouge_l"] for record in directory.rounds()]
+    assert (summary["metric"], summary["direction"]) == ("rouge_l", "max")
+    assert summary["best_round"] == by_round.index(max(by_round))
+    clients = directory.rounds()[summary["best_round"]]["clients"].values()
+    worst = min(client["validation"]["rouge_l"] for client in clients)
+    assert summary["client_metric"]["worst"] == worst
+
+
 @pytest.mark.parametrize("save", [1, 3, 4])
 def test_a_killed_run_writes_the_same_samples(
     writing: Config,
