@@ -15,6 +15,7 @@ from client.seat import RoundOfWork, Seat, partition_of
 from fedgraft.adapter import to_arrays
 from fedgraft.config import Config
 from fedgraft.errors import DiskFullError, FedGraftError
+from fedgraft.generation import evaluate
 from fedgraft.messages import Hello, Reply, TrainRequest
 from fedgraft.resident_model import resident_task
 
@@ -78,9 +79,9 @@ def _evaluate(message: Message, context: Context) -> Reply:
     request = TrainRequest.decode(message.content)
     seat = Seat.take(context, config, request, done=True)
     task = seat.task
-    examples = (task.test if request.split == "test" else task.validation)(seat.index)
-    metrics = seat.model.evaluate(task, seat.adapter(), examples)
-    return Reply(weight=float(len(examples)), metrics=metrics)
+    split = "test" if request.split == "test" else "validation"
+    metrics = evaluate(seat.model, task, seat.adapter(), split, seat.index)
+    return Reply(weight=metrics["examples"], metrics=metrics)
 
 
 def _memory(context: Context) -> int:

@@ -177,6 +177,11 @@ class EvaluateConfig(Group):
     clients: bool = True  # every client reports the global adapter's metric on its own validation
     batch_size: Positive | None = None  # examples a forward pass; the task's own when unset
     patience: Positive | None = None  # evaluations without a better one before stopping early
+    metric: str | None = None  # the one that is watched, among the task's; its own when unset
+    answers: Literal["exact-match", "rouge-l"] | None = None  # causal-lm: how they are scored
+    answer_samples: Positive = 100  # rows of a split that are answered, at most
+    max_new_tokens: Positive = 256  # of an answer, and of what follows a prompt
+    prompts: list[str] | None = None  # continued after each evaluation, for people to read
 
 
 class CheckpointConfig(Group):

@@ -232,14 +232,17 @@ class ResidentModel:
         self.take(adapter)
         self.model.eval()
         with torch.inference_mode():
-            metrics = task.measure(self.model, self.batches(examples, batch_size))
+            order = longest_first(examples)
+            metrics = task.measure(self.model, self.batches(examples, batch_size, order))
         return metrics | {"examples": float(len(examples))}
 
-    def batches(self, examples: Examples, batch_size: int) -> Iterator[Batch]:
-        """Yield the examples in order, on the model's device."""
+    def batches(
+        self, examples: Examples, batch_size: int, order: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """Yield the examples on the model's device, in their own order or the one given."""
+        order = np.arange(len(examples)) if order is None else order
         for start in range(0, len(examples), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(examples)))
-            yield self.to_device(examples.batch(indices))
+            yield self.to_device(examples.batch(order[start : start + batch_size]))
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to the model's device."""
@@ -256,6 +259,17 @@ class ResidentModel:
         """Return a hash of every weight and buffer that must not change."""
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
         return digest(frozen | dict(self.model.named_buffers()))
+
+
+def longest_first(examples: Examples) -> np.ndarray:
+    """Return the order in which examples need the least padding: by length, the longest first.
+
+    What would not fit into the memory then shows at once. Examples without lengths stay in order.
+    """
+    lengths = getattr(examples, "lengths", None)
+    if lengths is None:
+        return np.arange(len(examples))
+    return np.argsort(-np.asarray(lengths), kind="stable")
 
 
 _resident: dict[str, ResidentModel] = {}

@@ -2,6 +2,7 @@
 
 config.toml    the resolved config, the lineage, and the versions of what computed it
 rounds.jsonl   one object a round, round 0 being the untouched start
+samples.jsonl  what the global adapter writes after fixed prompts, round by round
 summary.json   the run in one object, written when it has finished
 adapter/       the chosen adapter as PEFT loads it
 checkpoints/   what a resume continues from
@@ -16,7 +17,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +58,7 @@ class RunDirectory:
         self.path = path
         self.config_file = path / "config.toml"
         self.rounds_file = path / "rounds.jsonl"
+        self.samples_file = path / "samples.jsonl"
         self.summary_file = path / "summary.json"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
@@ -176,29 +178,30 @@ class RunDirectory:
         Raises:
             RunError: the disk is full or refuses the write.
         """
-        line = json.dumps(record, allow_nan=False) + "\n"
-        with disk_errors(self.rounds_file), self.rounds_file.open("a") as file:
-            file.write(line)
+        _append(self.rounds_file, [record])
 
     def rounds(self) -> list[dict[str, Any]]:
         """Return the records of rounds.jsonl; a last line cut by a crash is not one of them."""
-        records: list[dict[str, Any]] = []
-        if not self.rounds_file.exists():
-            return records
-        lines = self.rounds_file.read_text().splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number == len(lines):
-                    break
-                raise RunError(f"{self.rounds_file}, line {number}, is damaged") from None
-        return records
+        return _records(self.rounds_file)
+
+    def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append what was written in one round to samples.jsonl.
+
+        Raises:
+            RunError: the disk is full or refuses the write.
+        """
+        _append(self.samples_file, records)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return the records of samples.jsonl, none where the run wrote no samples."""
+        return _records(self.samples_file)
 
     def keep_rounds(self, last: int) -> None:
         """Drop the records of rounds after `last`, which a resume is about to run again."""
-        kept = [record for record in self.rounds() if record["round"] <= last]
-        write_text(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
+        for path in (self.rounds_file, self.samples_file):
+            if path.exists() or path == self.rounds_file:
+                kept = [record for record in _records(path) if record["round"] <= last]
+                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the sign that a run has finished."""
@@ -210,3 +213,30 @@ class RunDirectory:
             return None
         loaded: dict[str, Any] = json.loads(self.summary_file.read_text())
         return loaded
+
+
+def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON object a line."""
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    with disk_errors(path), path.open("a") as file:
+        file.write(lines)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line; a last line cut by a crash is passed over.
+
+    Raises:
+        RunError: another line is damaged.
+    """
+    records: list[dict[str, Any]] = []
+    if not path.exists():
+        return records
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}, line {number}, is damaged") from None
+    return records

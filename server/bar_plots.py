@@ -131,7 +131,7 @@ def clients(results: Results) -> Plot | None:
     worst_first = _worst_first(found, results.direction)
     shown = worst_first[: max(1, MOST_BARS // len(found))]
     labels = list(found)
-    title = f"{unit.name.capitalize()} of each client"
+    title = f"{unit.title} of each client"
     names = [_name(found, client) for client in shown]
     thick = 0.19
     step = thick * len(labels) + 0.15

@@ -32,13 +32,23 @@ def report(directories: tuple[Path, ...], out: Path, as_json: bool) -> None:
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--to", type=PATH, required=True, help="A new folder.")
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base, a whole model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of a merged model's weights; the sum is taken in float32.  [default: float32]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print where it lies as JSON.")
-def export(directory: Path, to: Path, merge: bool, as_json: bool) -> None:
+def export(directory: Path, to: Path, merge: bool, dtype: str | None, as_json: bool) -> None:
     """Export a run's adapter as a PEFT folder, or merged into its base.
 
     \b
     Example: fedgraft export runs/fedavg-seed0 --to my-adapter
+
+    A merged model is the base in full precision with the adapter added to its weights, whatever
+    the base was quantised to for training.
     """
+    if dtype is not None and not merge:
+        raise click.UsageError("--dtype is of a merged model: add --merge.")
     from fedgraft.run_directory import RunDirectory
     from server.export import export_adapter, export_merged
     from server.screen import busy
@@ -46,7 +56,7 @@ def export(directory: Path, to: Path, merge: bool, as_json: bool) -> None:
     run = RunDirectory.open(directory)
     if merge:
         with busy("Merging the adapter into its base"):
-            export_merged(run, to)
+            export_merged(run, to, dtype or "float32")
     else:
         export_adapter(run, to)
     kind = "model" if merge else "adapter"

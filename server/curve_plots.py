@@ -45,7 +45,7 @@ def metric_against_rounds(results: Results) -> Plot | None:
     curves = {label: metric_by_round(results.of(label), unit.metric) for label in results.labels}
     if not any(len(curve.x) for curve in curves.values()):
         return None
-    title = f"{unit.name.capitalize()} by round"
+    title = f"{unit.title} by round"
     right, panel = 1.02, min(max(0.58, 0.13 * len(curves)), 1.2)
     with plain_style():
         sheet = Sheet(title, _keys(results), height=2.75, right=right)
@@ -85,7 +85,7 @@ def metric_against_bytes(results: Results) -> Plot | None:
         label: Curve(c.x / size, c.mean, c.low, c.high, c.seeds) for label, c in curves.items()
     }
     words = "gigabytes" if name == "GB" else "megabytes"
-    title = f"{unit.name.capitalize()} by {words} sent"
+    title = f"{unit.title} by {words} sent"
     with plain_style():
         sheet = Sheet(title, _keys(results), height=2.75)
         axes = sheet.axes()
@@ -115,7 +115,9 @@ def aggregation_bias(results: Results) -> Plot | None:
         return None
     removed = {label: bias_by_round(results.of(label), "removed") for label in drawn}
     removed = {label: curve for label, curve in removed.items() if _removes(curve)}
-    largest = max(float(np.nanmax(curve.mean)) for curve in (*before.values(), *after.values()))
+    largest = max(
+        float(np.nanmax(curves[label].mean)) for curves in (before, after) for label in known
+    )
     title = "Aggregation bias by round"
     low = 1.35 if removed else 0.0
     with plain_style():

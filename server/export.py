@@ -21,6 +21,7 @@ from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors
 from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
+from server.units import Unit
 
 WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -77,9 +78,16 @@ def _settings(model: ResidentModel, adapter: Adapter) -> dict[str, Any]:
 
 
 def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[str, Any]) -> str:
-    """Return the adapter's README: what it is, where it comes from, what it reached."""
+    """Return the adapter's README: what it is, where it comes from, what it reached.
+
+    Args:
+        config: the run's.
+        base_hash: identity of the base that it was trained on.
+        lineage: of the run.
+        summary: what `summarise` returns.
+    """
     base = config.model.base or f"built into the task {config.task.name}"
-    metric = summary["metric"]
+    metric = Unit(summary["metric"]).name
     given = f"the adapter in `{config.adapter.from_}`" if config.adapter.from_ else ""
     before = f"at the start ({given})" if given else "untouched base"
     front = {"library_name": "peft", "base_model": base, "tags": ["lora", "federated-learning"]}
@@ -94,16 +102,19 @@ def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[
 |---|---|
 | base | {base}{f", revision {config.model.revision}" if config.model.revision else ""} |
 | base hash | `{base_hash}` |
+| trained on it in | {_precision(config)} |
 | task | {summary["task"]} |
 | strategy | {summary["strategy"]} |
 | clients | {summary["clients"]} |
+| training examples | {_training_examples(summary)} |
+| validation and test examples | {_held_out(summary)} |
 | rounds | {summary["rounds"]} |
 | this adapter | round {summary["best_round"]}, the best on validation |
 | rank, alpha | {config.adapter.rank}, {config.adapter.alpha:g} ({config.adapter.type}) |
 | seed | {summary["seed"]} |
 | test {metric}, {before} | {summary["initial"]:.4f} |
 | test {metric}, this adapter | {summary["final"]:.4f} |
-| differential privacy | none |
+{_clients(summary)}| differential privacy | none |
 | lineage | `{lineage}`{f", started from {given}" if given else ""} |
 
 ```python
@@ -111,6 +122,41 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this folder")
 ```
 """
+
+
+def _precision(config: Config) -> str:
+    """Say what the frozen weights were held in."""
+    if config.model.quantization == "none":
+        return config.model.dtype
+    return f"{config.model.quantization.upper()}, computing in {config.model.dtype}"
+
+
+def _training_examples(summary: Mapping[str, Any]) -> str:
+    """Say how many there are, and what clients hold of them."""
+    counts = summary["client_examples"]
+    if not counts:
+        return "none: no client has trained"
+    total, least, most = sum(counts.values()), min(counts.values()), max(counts.values())
+    each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    some = "" if len(counts) == summary["clients"] else " that have trained"
+    return f"{total:,} on {len(counts)} clients{some}, {each} each"
+
+
+def _held_out(summary: Mapping[str, Any]) -> str:
+    found = (summary["validation_examples"], summary["test"]["final"].get("examples"))
+    return " and ".join("unknown" if count is None else f"{count:,.0f}" for count in found)
+
+
+def _clients(summary: Mapping[str, Any]) -> str:
+    """Return the row of the worst client, where clients have evaluated."""
+    found = summary["client_metric"]
+    if found is None:
+        return ""
+    return (
+        f"| validation {Unit(summary['metric']).name} by client, this adapter | "
+        f"worst {found['worst']:.4f}, best {found['best']:.4f}, mean {found['mean']:.4f}, "
+        f"standard deviation {found['sd']:.4f} ({found['clients']} clients) |\n"
+    )
 
 
 def read_adapter(folder: Path, model: ResidentModel) -> Adapter:
@@ -171,10 +217,18 @@ def export_adapter(directory: RunDirectory, to: Path) -> None:
             write_bytes(to / path.name, path.read_bytes())
 
 
-def export_merged(directory: RunDirectory, to: Path) -> None:
+def export_merged(directory: RunDirectory, to: Path, dtype: str = "float32") -> None:
     """Write the base with the adapter merged into it, as an ordinary model folder.
 
-    What prepares the base's inputs (a tokenizer, an image processor) goes with it.
+    The sum W + s B A is taken in float32 of the base as it was published: a run on a quantised
+    base, or one in half precision, is merged into the weights that were quantised or rounded for
+    it. What prepares the base's inputs (a tokenizer, an image processor) goes with it.
+
+    Args:
+        directory: a run that has finished.
+        to: a new folder.
+        dtype: what the sum is rounded to in the end: "float32" (not at all), "bfloat16" or
+            "float16".
 
     Raises:
         ConfigError: the run has no adapter yet, or the target is not empty.
@@ -185,11 +239,14 @@ def export_merged(directory: RunDirectory, to: Path) -> None:
 
     _check_target(directory, to)
     with hushed():
-        task = load_task(directory.config())
+        whole = {"model.quantization": "none", "model.dtype": "float32"}
+        task = load_task(directory.config().with_overrides(whole))
         adapter = str(directory.adapter)
         merged: Any = PeftModel.from_pretrained(task.load_base(), adapter).merge_and_unload()
         if not hasattr(merged, "save_pretrained"):
             raise ModelError(f"a {type(merged).__name__} cannot be saved as a model folder")
+        if dtype != "float32":
+            merged = merged.to(getattr(torch, dtype))
         with _whole(to):
             for part in (merged, *task.preparation()):
                 part.save_pretrained(to)

@@ -22,6 +22,7 @@ from fedgraft.files import write_text
 from server import report_sections
 from server.figure import colour
 from server.plots import draw_plots
+from server.report_samples import samples_shown
 from server.results import Results, read_results
 from server.table import base_name, reference_rows, strategy_rows
 from server.verdict import verdict
@@ -74,6 +75,8 @@ def render(results: Results) -> str:
         references=reference_rows(results.comparison),
         plots={plot.name: plot for plot in draw_plots(results)},
         clients=report_sections.client_rows(results),
+        metrics=report_sections.metric_rows(results),
+        samples=samples_shown(results),
         incidents=report_sections.incidents(results),
         notes=report_sections.notes(results),
         runs=report_sections.run_rows(results),

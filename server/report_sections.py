@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedgraft.config import flatten
 from server.results import Results, Run
 from server.series import clients_at_chosen_round, natural
-from server.units import NOTHING, clip, listed, number, ranges
+from server.units import NOTHING, Unit, clip, listed, number, ranges
+
+_COUNTS = ("examples", "answers")
+"""What stands among an evaluation's metrics and says what they were measured on."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,15 @@ class ClientRow:
     examples: str
     start: str
     results: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of the test split: at the start, and each strategy's mean over seeds."""
+
+    name: str
+    start: str
+    results: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,31 @@ def client_rows(results: Results) -> list[ClientRow]:
             )
         )
     return rows
+
+
+def metric_rows(results: Results) -> list[MetricRow]:
+    """Return the test metrics beside the watched one; none where runs measured no other."""
+    by_label = [results.of(label) for label in results.labels]
+    tests = [[run.summary.get("test") or {} for run in runs] for runs in by_label]
+    names = dict.fromkeys(name for runs in tests for test in runs for name in test.get("final", {}))
+    rows = []
+    for name in names:
+        if name in (results.unit.metric, *_COUNTS):
+            continue
+        unit = Unit(name)
+        rows.append(
+            MetricRow(
+                name=clip(unit.name, 60),
+                start=unit.value(_mean_of(tests[0], "initial", name)),
+                results=tuple(unit.value(_mean_of(runs, "final", name)) for runs in tests),
+            )
+        )
+    return rows
+
+
+def _mean_of(tests: Sequence[Mapping[str, Mapping[str, object]]], when: str, name: str) -> float:
+    values = [number(test.get(when, {}).get(name)) for test in tests]
+    return sum(values) / len(values)
 
 
 def incidents(results: Results) -> list[Incident]:

@@ -44,6 +44,7 @@ class Run:
         rounds: what rounds.jsonl holds, by round.
         config: the resolved config, without the run's id.
         versions: what computed it, by package.
+        samples: what samples.jsonl holds, in the order of its lines.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Run:
     rounds: dict[int, dict[str, Any]]
     config: dict[str, Any]
     versions: dict[str, str]
+    samples: tuple[dict[str, Any], ...] = ()
 
     @property
     def label(self) -> str:
@@ -224,6 +226,7 @@ def _read_run(folder: Path, name: str, source: str) -> Run:
         rounds={int(record["round"]): record for record in directory.rounds()},
         config=config,
         versions={str(package): str(version) for package, version in versions.items()},
+        samples=tuple(directory.samples()),
     )
 
 

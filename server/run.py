@@ -23,12 +23,14 @@ from fedgraft.adapter import Adapter, natural_order, to_arrays
 from fedgraft.config import Config
 from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
+from fedgraft.generation import evaluate
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.schedule import learning_rate
 from server.checkpoint import Checkpoint, Checkpoints
 from server.export import adapter_card, read_adapter, write_adapter
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
+from server.samples import Samples
 from server.summary import Bookkeeping, summarise
 from server.tracking import TensorBoard, round_record
 from strategies.fitness import check_rule
@@ -81,10 +83,12 @@ class FederatedRun(RoundHooks):
         self.board = (
             TensorBoard(directory.path / "tensorboard") if config.track.tensorboard else None
         )
-        self.validation = self.task.validation()
+        self.task.validation()  # what is wrong with it is said before any client is asked
+        personal = self.rule.capabilities.personal
+        self.samples = Samples(self.task, self.model, directory, personal=personal)
         self.best: Adapter | None = None
         self.books: Bookkeeping | None = None
-        self._clients_final: float | None = None
+        self._clients_final: dict[str, float] | None = None
         self._resumed_wall = 0.0
         self._began = time.perf_counter()
 
@@ -179,7 +183,8 @@ class FederatedRun(RoundHooks):
         )
         if self.books is not None:
             return
-        initial = self._test(outcome.state.adapter, outcome.test)
+        metrics = self._test(outcome.state.adapter, outcome.test)
+        initial = metrics[self.task.metric]
         if not math.isfinite(initial):
             given = self.config.adapter.from_
             start = f"the adapter in {given}" if given else "the untouched base"
@@ -187,7 +192,9 @@ class FederatedRun(RoundHooks):
                 f"{start} has a test {self.task.metric} of {initial}",
                 f"Set model.dtype to float32, or choose another {'one' if given else 'base'}.",
             )
-        self.books = Bookkeeping(initial=initial, descriptions=_ordered(descriptions))
+        self.books = Bookkeeping(
+            initial=initial, initial_metrics=metrics, descriptions=_ordered(descriptions)
+        )
         self._record(outcome)
         self._save(outcome)
 
@@ -220,6 +227,7 @@ class FederatedRun(RoundHooks):
         if round % self.config.evaluate.every == 0 or round == rounds:
             began = time.perf_counter()
             validation = self._validate(outcome)
+            self.samples.write(round, outcome.state.adapter)
             spent = outcome.seconds | {"evaluate": time.perf_counter() - began}
             outcome = replace(outcome, seconds=spent)
             before = self.books.best_round if self.books.best is not None else None
@@ -252,15 +260,12 @@ class FederatedRun(RoundHooks):
             return self._mean(outcome.validation)
         return self._evaluate(outcome.state.adapter)
 
-    def _test(self, adapter: Adapter, reports: Mapping[str, ClientReport]) -> float:
-        """Return the test metric: the mean of the clients' own, or of the global adapter."""
-        if reports:
-            return self._mean(reports)[self.task.metric]
-        return self._evaluate(adapter, test=True)[self.task.metric]
+    def _test(self, adapter: Adapter, reports: Mapping[str, ClientReport]) -> dict[str, float]:
+        """Return the test metrics: the means of the clients' own, or the global adapter's."""
+        return self._mean(reports) if reports else self._evaluate(adapter, test=True)
 
     def _evaluate(self, adapter: Adapter, *, test: bool = False) -> dict[str, float]:
-        examples = self.task.test() if test else self.validation
-        return self.model.evaluate(self.task, adapter, examples)
+        return evaluate(self.model, self.task, adapter, "test" if test else "validation")
 
     def _mean(self, reports: Mapping[str, ClientReport]) -> dict[str, float]:
         """Average what the clients report of what they hold, weighted by examples.
@@ -275,12 +280,15 @@ class FederatedRun(RoundHooks):
                 "a part of the adapter on them",
                 "See the log for the clients' reasons.",
             )
-        return {name: float(value) for name, value in means.items()}
+        found = {name: float(value) for name, value in means.items()}
+        if "examples" in found:
+            found["examples"] = sum(report.examples for report in reports.values())
+        return found
 
     def on_end(self, test: Mapping[str, ClientReport]) -> None:
         """Remember what the clients' own parts reached on the test split, where there are some."""
         if test:
-            self._clients_final = self._mean(test)[self.task.metric]
+            self._clients_final = self._mean(test)
 
     # The end
 
@@ -302,7 +310,7 @@ class FederatedRun(RoundHooks):
         card = adapter_card(self.config, self.model.base_hash, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)
         self.directory.write_summary(summary)
-        self.progress.write(FINISHED, final=final, best_round=self.books.best_round)
+        self.progress.write(FINISHED, final=summary["final"], best_round=self.books.best_round)
         return summary
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, pstdev
 from typing import Any
 
+from fedgraft.adapter import natural_order
 from fedgraft.config import Config
 from fedgraft.tasks.task import Task
+from server.tracking import finite
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Bookkeeping:
 
     Attributes:
         initial: the test metric of the untouched start.
+        initial_metrics: all test metrics of it.
         best_round: the round of the best validation metric so far.
         best: that metric.
         stale: evaluations since then.
@@ -32,6 +36,7 @@ class Bookkeeping:
     stopped_early: bool = False
     wall_seconds: float = 0.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
+    initial_metrics: Mapping[str, float] = field(default_factory=dict)
 
     def after_evaluation(self, task: Task, round: int, metric: float) -> Bookkeeping:
         """Return the books after a validation; a tie keeps the earlier round, NaN is no best."""
@@ -55,7 +60,7 @@ def summarise(
     task: Task,
     books: Bookkeeping,
     records: Sequence[Mapping[str, Any]],
-    final: float,
+    final: Mapping[str, float],
     peak_memory: int,
 ) -> dict[str, Any]:
     """Return summary.json's content.
@@ -65,7 +70,7 @@ def summarise(
         task: gives the metric and its direction.
         books: the run's bookkeeping after its last round.
         records: rounds.jsonl.
-        final: the test metric of the chosen adapter.
+        final: the test metrics of the chosen adapter.
         peak_memory: of this process, in bytes.
     """
     return {
@@ -78,7 +83,11 @@ def summarise(
         "metric": task.metric,
         "direction": task.direction,
         "initial": books.initial,
-        "final": final,
+        "final": final[task.metric],
+        "test": {
+            "initial": finite(books.initial_metrics),
+            "final": finite(final),
+        },
         "best_round": books.best_round,
         "validation_best": books.best,
         "stopped_early": books.stopped_early,
@@ -95,7 +104,60 @@ def summarise(
         "refused_updates": sum(len(record["refused"]) for record in records),
         "failed_clients": sum(len(record["failed"]) for record in records),
         "client_descriptions": dict(books.descriptions),
+        "client_examples": _examples(records),
+        "validation_examples": _validation_examples(records),
+        "client_metric": client_metric(records, books.best_round, task),
     }
+
+
+def client_metric(
+    records: Iterable[Mapping[str, Any]], round: int, task: Task
+) -> dict[str, Any] | None:
+    """Return how far apart the clients are: their own validation metric in one round.
+
+    Args:
+        records: rounds.jsonl.
+        round: the round of the chosen adapter.
+        task: gives the metric and its direction.
+
+    Returns:
+        The worst client and the best with their values, and mean and standard deviation over
+        clients, each counted once; None where no client evaluated.
+    """
+    clients: Mapping[str, Any] = next((r["clients"] for r in records if r["round"] == round), {})
+    values = {
+        name: float(value)
+        for name, client in clients.items()
+        if (value := (client.get("validation") or {}).get(task.metric)) is not None
+        and math.isfinite(value)
+    }
+    if not values:
+        return None
+    lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    worst, best = (lowest, highest) if task.direction == "max" else (highest, lowest)
+    return {
+        "clients": len(values),
+        "worst_client": worst,
+        "worst": values[worst],
+        "best_client": best,
+        "best": values[best],
+        "mean": fmean(values.values()),
+        "sd": pstdev(values.values()),
+    }
+
+
+def _validation_examples(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return how many examples the rounds were watched on."""
+    counts = [(record["validation"] or {}).get("examples") for record in records]
+    return next((int(count) for count in reversed(counts) if count is not None), None)
+
+
+def _examples(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the training examples of every client that has trained, as it last said."""
+    found: dict[str, int] = {}
+    for record in records:
+        found |= {n: int(c["examples"]) for n, c in record["clients"].items() if "examples" in c}
+    return {name: found[name] for name in sorted(found, key=natural_order)}
 
 
 def _seconds(records: Iterable[Mapping[str, Any]], phase: str) -> float:

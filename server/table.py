@@ -48,6 +48,8 @@ class StrategyRow:
         interval: its 95% interval.
         gain: over the base (above zero is better in either direction).
         short: of centralised (above zero is worse).
+        worst: the worst client's validation metric, the mean over seeds.
+        apart: the standard deviation of that metric over clients, the mean over seeds.
         up, down: megabytes (10^6 bytes) sent in a whole run by all clients together, mean over
             runs; `sent` is their sum.
         wall, train, aggregate: seconds a run, mean.
@@ -64,6 +66,8 @@ class StrategyRow:
     interval: str
     gain: str
     short: str
+    worst: str
+    apart: str
     sent: str
     up: str
     down: str
@@ -112,6 +116,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
             strategy["difference"], strategy["low"], strategy["high"]
         )
         ahead = mean_improvement(by_label[label], centralised[label], direction)
+        clients = [run.get("client_metric") or {} for run in runs]
         up, down = _mean(runs, "bytes_up"), _mean(runs, "bytes_down")
         spent = [number(run.get("epsilon")) for run in runs if run.get("epsilon") is not None]
         rows.append(
@@ -124,6 +129,8 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
                 interval=NOTHING if low == NOTHING else f"{low} to {high}",
                 gain=unit.difference(mean_improvement(by_label[label], base[label], direction)),
                 short=unit.difference(None if ahead is None else -ahead),
+                worst=unit.value(_mean(clients, "worst")),
+                apart=unit.difference(_mean(clients, "sd"), signed=False),
                 sent=megabytes(None if up is None or down is None else up + down),
                 up=megabytes(up),
                 down=megabytes(down),
@@ -183,6 +190,7 @@ def results_table(comparison: Comparison) -> Table:
         ),
         (f"over\n{base_name(comparison)}", [row.gain for row in rows]),
         ("short of\ncentral.", [row.short for row in rows]),
+        ("worst\nclient", [row.worst for row in rows]),
         ("MB\nsent", [row.sent for row in rows]),
         ("epsilon", [row.epsilon for row in rows]),
         ("time,\ns", [row.wall for row in rows]),

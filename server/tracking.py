@@ -31,7 +31,7 @@ def round_record(
         "round": outcome.state.round,
         "lr": learning_rate,
         "train_loss": _mean_loss(outcome),
-        "validation": _finite(validation) if validation is not None else None,
+        "validation": finite(validation) if validation is not None else None,
         "clients": {name: _client(outcome, name) for name in names},
         "sampled": outcome.sampled,
         "failed": outcome.failed,
@@ -72,7 +72,7 @@ def _mean_loss(outcome: RoundOutcome) -> float | None:
     return sum(examples * loss for examples, loss in pairs) / total if total else None
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Replace what JSON cannot hold."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 

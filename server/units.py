@@ -13,6 +13,7 @@ from dataclasses import dataclass
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
 MEGABYTE = 1e6
+_NAMES = {"macro_f1": "macro F1", "rouge_l": "ROUGE-L"}
 _SHARES = ("accuracy", "f1", "exact_match", "precision", "recall")
 
 
@@ -30,7 +31,7 @@ class Unit:
     @property
     def share(self) -> bool:
         """Whether the metric is a share of examples, shown in per cent."""
-        return self.metric.endswith(_SHARES)
+        return self.metric.split("[", 1)[0].endswith(_SHARES)
 
     @property
     def scale(self) -> float:
@@ -40,7 +41,12 @@ class Unit:
     @property
     def name(self) -> str:
         """The metric's name in a sentence."""
-        return self.metric.replace("_", " ")
+        return _NAMES.get(self.metric, self.metric.replace("_", " "))
+
+    @property
+    def title(self) -> str:
+        """The metric's name at the start of a title: "Macro F1", "Loss"."""
+        return self.name[:1].upper() + self.name[1:]
 
     @property
     def axis(self) -> str:

@@ -14,11 +14,21 @@ from typing import Any
 from client.trainer import Assignment, train
 from fedgraft.adapter import Adapter
 from fedgraft.config import Config, TrainConfig
+from fedgraft.generation import evaluate
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.tasks.task import Examples, Task
 from strategies.sampling import sample_size
 
-_BASE = ("task", "model", "evaluate.fraction", "evaluate.samples")
+_BASE = (
+    "task",
+    "model",
+    "evaluate.fraction",
+    "evaluate.samples",
+    "evaluate.metric",
+    "evaluate.answers",
+    "evaluate.answer-samples",
+    "evaluate.max-new-tokens",
+)
 _TRAINED = (
     *_BASE,
     "adapter.type",
@@ -130,4 +140,4 @@ def _steps_a_round(task: Task, config: Config) -> int:
 
 
 def _test(model: ResidentModel, task: Task, adapter: Adapter) -> float:
-    return model.evaluate(task, adapter, task.test())[task.metric]
+    return evaluate(model, task, adapter, "test")[task.metric]

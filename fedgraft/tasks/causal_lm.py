@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError, ModelError
 from fedgraft.tasks.base_models import load_config, load_model, load_tokenizer, structure_of
 from fedgraft.tasks.data_files import Columns
+from fedgraft.tasks.questions import Question, Writing, from_rows
 from fedgraft.tasks.rows import Encoded, RowsTask
 from fedgraft.tasks.sequences import IGNORED, Sequences, Tokens, blank_batch, pad_id, token_limit
 from fedgraft.tasks.splits import load_rows
-from fedgraft.tasks.task import Batch
+from fedgraft.tasks.task import Batch, Direction
 
 if TYPE_CHECKING:
     import datasets
@@ -123,8 +124,8 @@ class CausalLM(RowsTask):
     """
 
     name: ClassVar[str] = "causal-lm"
-    metric: ClassVar[str] = "loss"
-    direction: ClassVar[Literal["max", "min"]] = "min"
+    metric = "loss"
+    direction: Direction = "min"
     evaluation_batch = 16  # the logits of a large vocabulary are what fills the memory
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
 
@@ -252,6 +253,26 @@ class CausalLM(RowsTask):
         if template.source == ALPACA_WITH_INPUT and not row["input"].strip():
             template = Template.parse(ALPACA)
         return template.fill(row)
+
+    def metrics(self) -> Mapping[str, Direction]:
+        """Return what `evaluate.metric` may name; a score of answers only where they are asked."""
+        measured: dict[str, Direction] = {"loss": "min", "perplexity": "min", "accuracy": "max"}
+        if self.config.evaluate.answers is not None:
+            measured[self.config.evaluate.answers.replace("-", "_")] = "max"
+        return measured
+
+    def questions(self, split: str, client: int | None, limit: int) -> Sequence[Question]:
+        """Return a split's first rows up to their responses; see `Task.questions`."""
+        table = self.table(split, client)
+        rows = table.select(range(min(limit, len(table))))
+        return from_rows([self._write(row) for row in rows], self._tokenizer)
+
+    def writing(self) -> Writing:
+        """Return the tokenizer, and what the base takes."""
+        positions = getattr(
+            load_config(self.config).get_text_config(), "max_position_embeddings", None
+        )
+        return Writing(self._tokenizer, pad_id(self._tokenizer), positions)
 
     def preparation(self) -> tuple[Any, ...]:
         """Return the base's tokenizer."""

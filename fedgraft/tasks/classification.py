@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ from fedgraft.config import Config
 from fedgraft.errors import DataError
 from fedgraft.tasks.base_models import head_modules, load_config, load_model, structure_of
 from fedgraft.tasks.rows import RowsTask
-from fedgraft.tasks.scoring import accuracy_and_loss, cross_entropy
-from fedgraft.tasks.task import Batch
+from fedgraft.tasks.scoring import CLASSIFIER_METRICS, cross_entropy, score_classes
+from fedgraft.tasks.task import Batch, Direction
 
 if TYPE_CHECKING:
     import datasets
@@ -31,8 +31,8 @@ class Classification(RowsTask):
     modules, which depend on the architecture, are `extras`.
     """
 
-    metric: ClassVar[str] = "accuracy"
-    direction: ClassVar[Literal["max", "min"]] = "max"
+    metric = "accuracy"
+    direction: Direction = "max"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -107,5 +107,9 @@ class Classification(RowsTask):
         return len(batch["labels"])
 
     def measure(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
-        """Return accuracy (a share) and loss (mean cross-entropy in nats)."""
-        return accuracy_and_loss(model, batches)
+        """Return accuracy, macro F1, loss (mean cross-entropy in nats) and each class's F1."""
+        return score_classes(model, batches, self.classes)
+
+    def metrics(self) -> Mapping[str, Direction]:
+        """Return what `evaluate.metric` may name."""
+        return CLASSIFIER_METRICS

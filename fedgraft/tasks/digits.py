@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from fedgraft.seeds import stream
 from fedgraft.tasks.base_models import load_model
 from fedgraft.tasks.partition import Rows
 from fedgraft.tasks.rows import Encoded, RowsTask
-from fedgraft.tasks.scoring import accuracy_and_loss, cross_entropy
+from fedgraft.tasks.scoring import CLASSIFIER_METRICS, cross_entropy, score_classes
 from fedgraft.tasks.shifts import DOMAINS, Images, render
-from fedgraft.tasks.task import Batch, TensorExamples
+from fedgraft.tasks.task import Batch, Direction, TensorExamples
 
 if TYPE_CHECKING:
     import datasets
@@ -73,8 +73,8 @@ class Digits(RowsTask):
     """
 
     name: ClassVar[str] = "digits"
-    metric: ClassVar[str] = "accuracy"
-    direction: ClassVar[Literal["max", "min"]] = "max"
+    metric = "accuracy"
+    direction: Direction = "max"
     extras: tuple[str, ...] = ("classifier",)
     label_column = "label"
     domain_column = "domain"
@@ -147,5 +147,9 @@ class Digits(RowsTask):
         return len(batch["labels"])
 
     def measure(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
-        """Return accuracy (a share) and loss (mean cross-entropy in nats)."""
-        return accuracy_and_loss(model, batches)
+        """Return accuracy, macro F1, loss (mean cross-entropy in nats) and each class's F1."""
+        return score_classes(model, batches, [str(digit) for digit in range(10)])
+
+    def metrics(self) -> Mapping[str, Direction]:
+        """Return what `evaluate.metric` may name."""
+        return CLASSIFIER_METRICS

@@ -39,6 +39,12 @@ class Subset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """The lengths of these examples, where they have any."""
+        lengths = getattr(self.examples, "lengths", None)
+        return None if lengths is None else np.asarray(lengths)[self.rows]
+
     def batch(self, indices: np.ndarray) -> Batch:
         """Collate the examples at these positions of the subset."""
         return self.examples.batch(self.rows[indices])
@@ -90,6 +96,14 @@ class RowsTask(Task):
         return (
             examples if client is None else Subset(examples, self._alike_test[self._check(client)])
         )
+
+    def table(self, split: str, client: int | None) -> datasets.Dataset:
+        """Return the rows of "validation" or "test" that are like a client's own; all for None."""
+        table = self.split(split).table
+        if client is None:
+            return table
+        alike = self._alike_test if split == "test" else self._alike
+        return table.select(alike[self._check(client)])
 
     def describe(self, client: int) -> str:
         """Say of which domain, owner or labels a client's examples are; "" where of all alike."""

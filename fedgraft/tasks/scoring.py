@@ -1,13 +1,19 @@
-"""How classifiers are trained and scored: cross-entropy over logits, and accuracy."""
+"""How classifiers are trained and scored: cross-entropy over logits, accuracy and F1."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedgraft.tasks.task import Batch
+from fedgraft.tasks.task import Batch, Direction
+
+CLASSIFIER_METRICS: Mapping[str, Direction] = {"accuracy": "max", "macro_f1": "max", "loss": "min"}
+"""What `evaluate.metric` may name for a classifier."""
+MOST_CLASSES = 20
+"""Of more classes than these no single F1 is reported."""
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -22,13 +28,44 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(logits_of(model, batch), batch["labels"], reduction="sum")
 
 
-def accuracy_and_loss(model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
-    """Return `accuracy` (a share) and `loss` (mean cross-entropy, nats) over at least one batch."""
-    right = seen = 0
+def score_classes(
+    model: nn.Module, batches: Iterator[Batch], names: Sequence[str]
+) -> dict[str, float]:
+    """Return accuracy, macro F1, loss and, for up to 20 classes, each one's F1 as `f1[name]`.
+
+    All of them are of the whole split, not means over batches. A class's F1 is
+    2 TP / (2 TP + FP + FN); macro F1 is the mean over the classes that occur among labels or
+    predictions, so one that a small split lacks does not count as 0.
+
+    Args:
+        model: a classifier.
+        batches: one at least.
+        names: of the classes, in the order of their numbers.
+    """
     loss = 0.0
+    hits, guessed, actual = torch.zeros((3, len(names)), dtype=torch.int64)
     for batch in batches:
-        logits = logits_of(model, batch)
-        loss += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-        right += int((logits.argmax(-1) == batch["labels"]).sum())
-        seen += len(logits)
-    return {"accuracy": right / seen, "loss": loss / seen}
+        logits, labels = logits_of(model, batch), batch["labels"]
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        guesses = logits.argmax(-1)
+        hits += _counts(labels[guesses == labels], len(names))
+        guessed += _counts(guesses, len(names))
+        actual += _counts(labels, len(names))
+    seen = int(actual.sum())
+    f1 = {
+        name: 2 * int(hits[k]) / total
+        for k, name in enumerate(names)
+        if (total := int(guessed[k] + actual[k]))
+    }
+    scores = {
+        "accuracy": int(hits.sum()) / seen,
+        "macro_f1": sum(f1.values()) / len(f1),
+        "loss": loss / seen,
+    }
+    if len(names) <= MOST_CLASSES:
+        scores |= {f"f1[{name}]": value for name, value in f1.items()}
+    return scores
+
+
+def _counts(numbers: Tensor, classes: int) -> Tensor:
+    return torch.bincount(numbers, minlength=classes).cpu()

@@ -42,6 +42,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The examples' lengths in tokens, (n,)."""
+        return np.array([len(row) for row in self.tokens], dtype=np.int64)
+
     def batch(self, indices: np.ndarray) -> Batch:
         """Collate: input_ids and attention_mask (n, longest), labels (n,) or (n, longest)."""
         tokens = [self.tokens[index] for index in indices]

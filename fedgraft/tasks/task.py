@@ -8,7 +8,7 @@ simulation; how the training rows are dealt to them is the partition's business
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fedgraft.config import Config
+from fedgraft.errors import ConfigError
+from fedgraft.tasks.questions import Question, Writing
 
+Direction = Literal["max", "min"]
+"""Whether a larger or a smaller value of a metric is better."""
 Batch = dict[str, Tensor]
 """Named tensors with the examples on the first axis, as the model's forward takes them."""
 
@@ -52,7 +56,8 @@ class Task(ABC):
 
     Attributes:
         name: as `task.name` has it.
-        metric: the metric that is watched and reported, a key of what `measure` returns.
+        metric: the metric that is watched and reported, a key of what `measure` returns; the
+            class's own, or on an instance the one that `evaluate.metric` chooses.
         direction: whether a larger ("max") or smaller ("min") metric is better.
         peft_task_type: PEFT's TaskType for the adapter's config; None for none.
         default_targets: module names that LoRA attaches to unless `adapter.targets` says others.
@@ -61,8 +66,8 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]
-    direction: ClassVar[Literal["max", "min"]]
+    metric: str
+    direction: Direction
     peft_task_type: ClassVar[str | None] = None
     default_targets: list[str] | Literal["all-linear"] = "all-linear"
     extras: tuple[str, ...] = ()
@@ -70,6 +75,8 @@ class Task(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        if (chosen := config.evaluate.metric) is not None:
+            self.metric, self.direction = _watched(chosen, self.name, self.metrics())
 
     @abstractmethod
     def load_base(self) -> nn.Module:
@@ -121,6 +128,33 @@ class Task(ABC):
         The caller has put the model in eval mode and switched gradients off.
         """
 
+    def metrics(self) -> Mapping[str, Direction]:
+        """Return what `evaluate.metric` may name: metrics of an evaluation, by their direction."""
+        return {self.metric: self.direction}
+
+    def questions(self, split: str, client: int | None, limit: int) -> Sequence[Question]:
+        """Return the prompts of a split's first rows, with the responses that they have there.
+
+        Args:
+            split: "validation" or "test".
+            client: whose rows; the whole split's for None.
+            limit: so many at most.
+
+        Raises:
+            ConfigError: the task's model writes no text.
+        """
+        raise self._no_text()
+
+    def writing(self) -> Writing:
+        """Return what the model writes text with; raises as `questions` does."""
+        raise self._no_text()
+
+    def _no_text(self) -> ConfigError:
+        return ConfigError(
+            f"task {self.name} writes no text, which evaluate.answers and evaluate.prompts ask for",
+            "Leave both out, or use task causal-lm.",
+        )
+
     def preparation(self) -> tuple[Any, ...]:
         """Return what prepares the base's inputs and is saved beside a merged model.
 
@@ -132,9 +166,26 @@ class Task(ABC):
         """Say in a few words what one client's data is, for reports ("rotated +45")."""
         return ""
 
-    @classmethod
-    def better(cls, new: float, old: float | None) -> bool:
+    def better(self, new: float, old: float | None) -> bool:
         """Whether a metric beats another one in this task's direction."""
         if old is None:
             return True
-        return new > old if cls.direction == "max" else new < old
+        return new > old if self.direction == "max" else new < old
+
+
+def _watched(chosen: str, task: str, offered: Mapping[str, Direction]) -> tuple[str, Direction]:
+    """Return the metric that `evaluate.metric` names, in its own spelling, and its direction.
+
+    Raises:
+        ConfigError: the task does not measure it.
+    """
+    name = chosen.replace("-", "_")
+    if name not in offered:
+        written = ", ".join(metric.replace("_", "-") for metric in offered)
+        raise ConfigError(
+            f"evaluate.metric is {chosen!r}, which task {task} does not measure",
+            f"Set evaluate.answers to {written_as} with it."
+            if (written_as := chosen.replace("_", "-")) in ("exact-match", "rouge-l")
+            else f"Choose from {written}.",
+        )
+    return name, offered[name]

@@ -48,8 +48,8 @@ class Tiny(Task):
     """A task whose base has something to remember."""
 
     name: ClassVar[str] = "tiny"
-    metric: ClassVar[str] = "loss"
-    direction: ClassVar[Literal["max", "min"]] = "min"
+    metric = "loss"
+    direction: Literal["max", "min"] = "min"
     extras = ("head",)
     evaluation_batch = 4
 

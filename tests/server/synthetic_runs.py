@@ -12,6 +12,7 @@ import tomli_w
 
 from fedgraft.seeds import stream
 from server.statistics import build_comparison
+from server.summary import client_metric
 
 DOMAINS = (
     "rotated +45",
@@ -38,6 +39,7 @@ def write_run(
     final: float | None = None,
     slow: float = 1.0,
     descriptions: tuple[str, ...] = DOMAINS,
+    prompts: tuple[str, ...] = (),
     **summary: Any,
 ) -> dict[str, Any]:
     """Write one finished run's directory and return its summary.
@@ -45,6 +47,7 @@ def write_run(
     Args:
         metric: "accuracy" (share, larger is better) or "perplexity" (smaller is better).
         slow: what all seconds are multiplied by.
+        prompts: what samples are written after, in round 0 and in the last.
         summary: keys of summary.json that are set outright.
     """
     folder.mkdir(parents=True)
@@ -128,6 +131,11 @@ def write_run(
             str(k): descriptions[k % len(descriptions)] if descriptions else ""
             for k in range(clients)
         },
+        "client_metric": client_metric(records, best, _Watched(metric)),
+        "test": {
+            "initial": _metrics(metric, start) | {"macro_f1": start - 0.1, "examples": 357.0},
+            "final": _metrics(metric, end) | {"macro_f1": end - 0.1, "examples": 357.0},
+        },
         "stopped_early": False,
         "notes": [],
     } | summary
@@ -143,6 +151,13 @@ def write_run(
     (folder / "config.toml").write_text(tomli_w.dumps(config))
     (folder / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (folder / "summary.json").write_text(json.dumps(content, indent=2))
+    samples = [
+        {"round": r, "prompt": prompt, "reference": None, "text": f"{strategy}: {prompt}" * (r + 1)}
+        for r in (0, rounds)
+        for prompt in prompts
+    ]
+    if samples:
+        (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     return content
 
 
@@ -185,6 +200,14 @@ def write_comparison(
     (folder / "comparison.toml").write_text(tomli_w.dumps(plan | {"config": config}))
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=2))
     return comparison
+
+
+class _Watched:
+    """What `client_metric` asks of a task."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.direction = "max" if metric == "accuracy" else "min"
 
 
 def _metrics(metric: str, accuracy: float) -> dict[str, float]:

@@ -39,6 +39,18 @@ SUMMARY = {
     "metric": "accuracy",
     "initial": 0.41234,
     "final": 0.7,
+    "test": {"initial": {"examples": 2142.0}, "final": {"examples": 2142.0}},
+    "validation_examples": 360,
+    "client_examples": {"0": 1200, "1": 340},
+    "client_metric": {
+        "clients": 2,
+        "worst_client": "1",
+        "worst": 0.5,
+        "best_client": "0",
+        "best": 0.75,
+        "mean": 0.625,
+        "sd": 0.125,
+    },
 }
 
 
@@ -118,8 +130,35 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(run: RunDirectory, mod
         "| 0.4123 |",
         "| 0.7000 |",
         "differential privacy | none",
+        "| trained on it in | float32 |",
+        "| training examples | 1,540 on 2 clients, 340 to 1,200 each |",
+        "| validation and test examples | 360 and 2,142 |",
+        "| validation accuracy by client, this adapter | worst 0.5000, best 0.7500, mean 0.6250, "
+        "standard deviation 0.1250 (2 clients) |",
     ):
         assert said in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "summary", "said"),
+    [
+        (
+            {"model.quantization": "nf4", "model.dtype": "bfloat16", "model.revision": "abc1"},
+            {},
+            ", revision abc1 |\n| base hash | `{hash}` |\n| trained on it in | NF4, computing in "
+            "bfloat16 |",
+        ),
+        ({}, {"clients": 3}, "1,540 on 2 clients that have trained, 340 to 1,200 each |"),
+        ({}, {"client_examples": {}}, "| training examples | none: no client has trained |"),
+        ({}, {"client_metric": None}, "| test accuracy, this adapter | 0.7000 |\n| differential"),
+        ({}, {"validation_examples": None}, "| unknown and 2,142 |"),
+    ],
+)
+def test_cards_of_other_runs(
+    settings: dict[str, Any], summary: dict[str, Any], said: str, tiny: Config
+):
+    card = adapter_card(tiny.with_overrides(settings), "0123", "lineage-7", SUMMARY | summary)
+    assert said.replace("{hash}", "0123") in card
 
 
 def test_a_merged_model_gives_the_same_logits(

@@ -182,6 +182,16 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     assert draw_plots(run) == []  # and the rule is exact, so there is no bias to draw
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_bias_that_one_of_two_rules_does_not_know(tmp_path: Path) -> None:
+    for name in ("fedavg", "other"):
+        write_run(tmp_path / name, strategy=name, rounds=2)
+    results = read_results([tmp_path / "fedavg", tmp_path / "other"])
+    for record in results.of("other")[0].rounds.values():
+        record["aggregation_bias"] = None
+    assert "aggregation-bias" in {plot.name for plot in draw_plots(results)}
+
+
 def test_captions_and_alternatives_say_what_is_seen(plots: dict[str, Plot]) -> None:
     assert "lowest to highest seed" in plots["metric-by-round"].caption
     assert "Exact: ffa-lora" in plots["aggregation-bias"].alt

@@ -161,6 +161,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clients=30,
         rounds=4,
         descriptions=("x" * 300, "<script>alert(1)</script>"),
+        prompts=("y" * 500, "\u202eover <script>alert(1)</script>\n\n\tand over", ""),
     )
     return write_report([folder], folder / "report.html")
 

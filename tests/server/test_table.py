@@ -77,6 +77,17 @@ def test_labels_are_text_and_not_markup() -> None:
     )
 
 
+def test_the_worst_client_is_a_mean_over_seeds() -> None:
+    worst = ({"worst": 0.50, "sd": 0.04}, {"worst": 0.56, "sd": 0.02})
+    runs = [run("a", seed, 0.7, client_metric=found) for seed, found in enumerate(worst)]
+    [row] = strategy_rows(build_comparison(runs, []))
+    assert (row.worst, row.apart) == ("53.0%", "3.0")
+    text = "\n".join(printed(build_comparison(runs, [])))
+    assert "worst" in text and "53.0%" in text
+    silent = build_comparison([run("a", 0, 0.7, client_metric=None)], [])
+    assert strategy_rows(silent)[0].worst == "–" and "worst" not in "\n".join(printed(silent))
+
+
 def test_the_privacy_spent_is_the_worst_runs() -> None:
     runs = [run("a", seed, 0.7, epsilon=epsilon) for seed, epsilon in enumerate((3.0, 3.25))]
     comparison = build_comparison(runs, [])

@@ -29,6 +29,20 @@ def test_losses_have_four_digits(raw: float, text: str) -> None:
     assert LOSS.value(raw) == text
 
 
+@pytest.mark.parametrize(
+    ("metric", "name", "title", "value"),
+    [
+        ("macro_f1", "macro F1", "Macro F1", "50.0%"),
+        ("f1[bad film]", "f1[bad film]", "F1[bad film]", "50.0%"),
+        ("rouge_l", "ROUGE-L", "ROUGE-L", "0.5000"),
+        ("exact_match", "exact match", "Exact match", "50.0%"),
+    ],
+)
+def test_names_of_metrics(metric: str, name: str, title: str, value: str) -> None:
+    unit = Unit(metric)
+    assert (unit.name, unit.title, unit.value(0.5)) == (name, title, value)
+
+
 def test_differences_of_losses_share_their_decimals() -> None:
     assert LOSS.differences(-0.0123, -0.0456, 0.021) == ("−0.0123", "−0.0456", "+0.0210")
     assert LOSS.points == ""

@@ -116,7 +116,9 @@ def test_measure_by_hand(bert: Path, reviews: Path) -> None:
     rest = math.log(math.e**2 + 2)
     expected = ((rest - 2) + rest + math.log(3)) / 3
     measured = task.measure(Scores(), iter([first, second]))
-    assert measured == pytest.approx({"accuracy": 2 / 3, "loss": expected}, rel=1e-6)
+    # bad is guessed twice, both right: F1 1; fine is guessed once, wrongly, and good never: 0
+    f1 = {"macro_f1": 1 / 3, "f1[bad]": 1.0, "f1[fine]": 0.0, "f1[good]": 0.0}
+    assert measured == pytest.approx({"accuracy": 2 / 3, "loss": expected} | f1, rel=1e-6)
 
 
 def test_clients_share_the_rows_out(bert: Path, reviews: Path) -> None:

@@ -67,17 +67,11 @@ def save_llama(folder: Path, *, pad: bool = True, begin: bool = True, **settings
     """Save a Llama language model, and its tokenizer."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    base = LlamaConfig(
-        **sizes,
-        intermediate_size=24,
-        vocab_size=40,
-        max_position_embeddings=64,
-        initializer_range=0.5,  # far from uniform, so that a wrong shift or mask shows
-        bos_token_id=2,
-        eos_token_id=3,
-        **settings,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    scale = {"initializer_range": 0.5}  # far from uniform, so that a wrong shift or mask shows
+    ends = {"bos_token_id": 2, "eos_token_id": 3}
+    base = LlamaConfig(**(sizes | layers | scale | ends | settings))
     save_tokenizer(folder, pad=pad, begin=begin)
     return save_model(folder, AutoModelForCausalLM, base)
 

@@ -1,0 +1,82 @@
+"""Questions to a language model: a row up to its response, or a prompt as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is to go on from.
+
+    Attributes:
+        prompt: as text.
+        tokens: the same as token ids, (length,), one at least.
+        reference: the response that the data have, where there is one.
+    """
+
+    prompt: str
+    tokens: NDArray[np.int64]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What text is written with.
+
+    Attributes:
+        tokenizer: the base's.
+        pad: the id that fills up on the left; the attention mask hides it.
+        positions: how many tokens the base takes, prompt and continuation together; None for any.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    positions: int | None = None
+
+
+def as_it_stands(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Question:
+    """Return a prompt as a question, with the tokens that the tokenizer puts in front of a text."""
+    ids = np.array(tokenizer(prompt)["input_ids"], dtype=np.int64)
+    return Question(prompt, _open_ended(ids, tokenizer))
+
+
+def from_rows(
+    written: Sequence[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase
+) -> list[Question]:
+    """Return rows that are written out as questions: each goes up to its response.
+
+    The tokens are those that the row has in training, up to the first that touches the response:
+    a prompt tokenised by itself may end in others. A row that starts with its response asks
+    nothing and is left out.
+
+    Args:
+        written: of each row its text, and where the response starts and ends in it (characters).
+        tokenizer: one that knows which characters a token stands for.
+    """
+    if not written:
+        return []
+    coded = tokenizer([text for text, _, _ in written], return_offsets_mapping=True)
+    questions = []
+    for number, (text, start, end) in enumerate(written):
+        spans = coded["offset_mapping"][number]
+        first = next((k for k, (a, b) in enumerate(spans) if a < end and b > start), len(spans))
+        ids = np.array(coded["input_ids"][number][:first], dtype=np.int64)
+        if first == len(spans):
+            ids = _open_ended(ids, tokenizer)
+        if len(ids) and start:
+            questions.append(Question(text[:start], ids, text[start:end]))
+    return questions
+
+
+def _open_ended(ids: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """Take away the end-of-text that some tokenizers put after every text."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
