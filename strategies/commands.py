@@ -21,6 +21,8 @@ MEANINGS = {
     "personal": "a part of the adapter stays on its client",
     "server_optimizer": "strategy.server-optimizer may step from one round's result to the next",
     "quantised_base": "nothing is written into the base's own weights",
+    "magnitudes": "DoRA's magnitudes may be averaged beside the factors (adapter.type=dora)",
+    "nonzero_start": "adapter.init may be orthogonal, pissa or olora, whose B is not zero",
     "extras": "what becomes of trained tensors that are not LoRA, a classifier's head, say",
 }
 """What each of a rule's capabilities means, for people."""

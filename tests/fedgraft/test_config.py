@@ -91,8 +91,6 @@ def test_numbers_are_numbers(wrong: object):
         ("evaluate.clients", "yes"),
         ("track.tensorboard", 0),
         ("task.name", 3),
-        ("adapter.targets", "q_proj"),
-        ("adapter.targets", 3),
         ("adapter.targets", ["q_proj", 3]),
         ("train.optimizer", "adam"),
         ("federation.partition", "Dirichlet"),
