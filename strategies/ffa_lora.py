@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from fedgraft.adapter import LoraLayer, Tensors
 from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.fedavg import keep_mean
 from strategies.local import B_ONLY
 from strategies.options import SteppedOptions
@@ -38,11 +39,17 @@ class FFALoRA(SumOnlyRule):
     Options = SteppedOptions
 
     def check(self, config: Config) -> None:
-        """Refuse a learning rate of B's own beside A's, which does not train.
+        """Refuse a learning rate of B's own beside A's, which does not train, and half of an A.
 
         Raises:
-            ConfigError: train.lr-ratio is set.
+            ConfigError: train.lr-ratio is set, or adapter.init is "orthogonal".
         """
+        if config.adapter.init == "orthogonal":
+            raise ConfigError(
+                f'adapter.init is "orthogonal", whose A has half of its rank, and {self.name} '
+                "never trains A",
+                'Set adapter.init to "default", "gaussian", "pissa" or "olora", or use fedavg.',
+            )
         refuse_lr_ratio(config, self.name, "never trains A")
 
     def plan(self, round: int) -> Plan:
