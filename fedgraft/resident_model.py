@@ -159,7 +159,7 @@ class ResidentModel:
             A, B = self._initial_factors(name, seed)
             layers[name] = LoraLayer(A, B, scaling)
             if self.init in ("pissa", "olora"):
-                residual[name] = LoraLayer(A.clone(), -B, scaling)
+                residual[name] = LoraLayer(A.clone(), -scaling * B, 1.0)
         extras = {name: tensor.clone() for name, tensor in self._base_extras.items()}
         return Adapter(layers, extras, residual)
 

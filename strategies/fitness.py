@@ -42,8 +42,7 @@ def _check_adapter(rule: Rule, config: Config) -> None:
         if not rule.capabilities.nonzero_start:
             raise ConfigError(
                 f"{found}, and {rule.name} would not keep that start whole",
-                'Set adapter.init to "default", or use one of '
-                f"{able('nonzero_start')}.",
+                f'Set adapter.init to "default", or use one of {able("nonzero_start")}.',
             )
         if ranks is not None:
             raise ConfigError(
