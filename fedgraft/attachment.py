@@ -186,22 +186,23 @@ def _check_ranks(adapter: AdapterConfig, layers: Mapping[str, nn.Module]) -> Non
     Raises:
         ConfigError: it is larger than the smaller side of a layer's weight.
     """
-    for name, module in sorted(layers.items(), key=lambda item: _smaller_side(item[1])):
-        weight = getattr(module, "weight", None)
+    shapes = {name: shape for name, module in layers.items() if (shape := _shape(module))}
+    for name, shape in sorted(shapes.items(), key=lambda item: min(item[1])):
         rank = _by_pattern(adapter.rank_pattern, name, adapter.rank)
-        most = _smaller_side(module)
-        if isinstance(weight, Tensor) and rank > most:
+        if rank > min(shape):
             key = "adapter.rank" if rank == adapter.rank else "adapter.rank-pattern"
             raise ConfigError(
-                f"{key} is {rank}, and the weight of {name} is {weight.shape[0]} x "
-                f"{weight.shape[1]}: a change of it has rank {most} at most",
-                f"Set {key} to at most {most}, or leave that layer out of adapter.targets.",
+                f"{key} is {rank}, and the weight of {name} is {shape[0]} x {shape[1]}: a change "
+                f"of it has rank {min(shape)} at most",
+                f"Set {key} to at most {min(shape)}, or leave that layer out of adapter.targets.",
             )
 
 
-def _smaller_side(module: nn.Module) -> float:
-    """Return the smaller side of a layer's matrix; infinity where its weight is none."""
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return the shape of a layer's matrix, however it is stored; None where it has none."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
-        return min(weight.shape)
-    return float("inf")
+        return weight.shape[0], weight.shape[1]
+    return None
