@@ -30,6 +30,8 @@ def attach(base: nn.Module, task: Task, config: Config) -> nn.Module:
     layers = _targeted(base, task, targets)
     _check_patterns(adapter, layers)
     _check_ranks(adapter, layers)
+    if adapter.type == "dora":
+        _check_dora(layers)
     peft_config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type] # PEFT only divides by it
@@ -195,6 +197,24 @@ def _check_ranks(adapter: AdapterConfig, layers: Mapping[str, nn.Module]) -> Non
                 f"{key} is {rank}, and the weight of {name} is {shape[0]} x {shape[1]}: a change "
                 f"of it has rank {min(shape)} at most",
                 f"Set {key} to at most {min(shape)}, or leave that layer out of adapter.targets.",
+            )
+
+
+def _check_dora(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse DoRA where PEFT's loses the scales of the weights that it takes the norm of.
+
+    Raises:
+        ConfigError: an INT8 layer lies on the CPU.
+    """
+    for name, module in layers.items():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+            continue
+        if type(weight).__name__ == "Int8Params":
+            raise ConfigError(
+                f'adapter.type is "dora", and {name} is an INT8 layer on the CPU, where PEFT '
+                "cannot compute DoRA's norm",
+                'Set adapter.type to "lora" or "rslora", or quantise to NF4 or not at all.',
             )
 
 

@@ -23,6 +23,8 @@ base is rounded as ever, and the model of round 0 is the base.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -115,7 +117,7 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
     Raises:
         ModelError: it is no linear layer.
     """
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
     base = module.get_base_layer()  # type: ignore[operator]
     if not isinstance(base, nn.Linear):
@@ -123,7 +125,12 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
             f"adapter.init needs linear layers, and {name} is a {type(base).__name__}",
             'Set adapter.init to "default", or leave that layer out of adapter.targets.',
         )
-    weight: Tensor = dequantize_module_weight(base)
+    stored: Any = base.weight
+    weight: Tensor = stored
+    if get_bnb_param_type(stored):
+        # PEFT's dequantize_module_weight would put a new weight into the module, and leave one of
+        # INT8 on the CPU without its scales
+        weight = dequantize_bnb_weight(stored, state=getattr(base, "state", None))
     return weight.detach().float()
 
 

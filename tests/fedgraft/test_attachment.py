@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedgraft.attachment import peft_scalings
+from fedgraft.attachment import attach, peft_scalings
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.tasks.task import Task
@@ -79,3 +79,15 @@ def test_patterns_that_cannot_be_are_refused(
 ):
     with pytest.raises(ConfigError, match=message):
         build(digits, **settings)
+
+
+def test_dora_on_int8_on_the_cpu_is_refused(digits: Task, monkeypatch: pytest.MonkeyPatch):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = digits.load_base()
+    name, plain = next((n, m) for n, m in base.named_modules() if n.endswith("q_proj"))
+    layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
+    base.set_submodule(name, layer.to("cpu"))
+    config = digits.config.with_overrides({"adapter.type": "dora"})
+    with pytest.raises(ConfigError, match="q_proj is an INT8 layer on the CPU"):
+        attach(base, digits, config)

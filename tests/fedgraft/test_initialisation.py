@@ -112,21 +112,28 @@ def test_a_layer_that_is_not_linear_is_named():
         dense_weight(Wrapped(), "emb")
 
 
-def test_a_quantised_weight_is_dequantised():
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.12), ("int8", 0.02)])
+def test_a_quantised_weight_is_dequantised_and_stays(kind: str, error: float):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from peft import LoraConfig, get_peft_model
 
     W = weight(64, 64)
-    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    layer.weight = bnb.nn.Params4bit(W.clone(), requires_grad=False, quant_type="nf4")
-    base = nn.ModuleDict({"q": layer.to("cpu")})
-    module = get_peft_model(base, LoraConfig(target_modules=["q"])).get_submodule(
-        "base_model.model.q"
-    )
-    found = dense_weight(module, "q")
-    assert found.shape == (64, 64) and found.dtype == torch.float32
-    error = float((found - W).norm() / W.norm())
-    assert 0.0 < error < 0.12  # NF4's own rounding
+    if kind == "nf4":
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=W.dtype)
+        layer.weight = bnb.nn.Params4bit(W.clone(), requires_grad=False, quant_type="nf4")
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(W.clone(), requires_grad=False, has_fp16_weights=False)
+    model = get_peft_model(nn.ModuleDict({"q": layer.to("cpu")}), LoraConfig(target_modules=["q"]))
+    module, x = model.get_submodule("base_model.model.q"), torch.ones(2, 64)
+    with torch.inference_mode():
+        before = module(x)
+    for _ in range(2):  # also after a forward pass, which moves INT8's scales
+        found = dense_weight(module, "q")
+        assert found.shape == (64, 64) and found.dtype == torch.float32
+        assert 0.0 < float((found - W).norm() / W.norm()) < error  # the quantisation's own rounding
+        with torch.inference_mode():
+            assert torch.equal(module(x), before)
 
 
 def test_doras_magnitudes_are_the_norms_of_the_bases_rows(digits: Task):
