@@ -118,6 +118,11 @@ class AdapterConfig(Group):
                 f'adapter.init is "{self.init}", which takes a part of the base out, and the norm '
                 'of adapter.type "dora" is that of the whole: set one of them to another value'
             )
+        if self.init in ("pissa", "olora") and self.dropout:
+            raise ValueError(
+                f'adapter.init is "{self.init}", whose factors hold a part of the base, and '
+                f"adapter.dropout {self.dropout:g} would drop it in training: set it to 0"
+            )
         if self.init == "orthogonal":
             for rank in (self.rank, *(self.rank_pattern or {}).values()):
                 if rank % 2:

@@ -43,7 +43,7 @@ class FedExLoRA(PerClientRule):
     name = "fedex-lora"
     title = "FedEx-LoRA"
     citation = "Singhal et al., ACL 2025, arXiv:2410.09432"
-    capabilities = Capabilities(sum_only=False, exact=True, base_residual=True, magnitudes=False)
+    capabilities = Capabilities(sum_only=False, exact=True, base_residual=True, dora=False)
     Options = ResidualOptions
     options: ResidualOptions
 

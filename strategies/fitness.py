@@ -31,18 +31,18 @@ def _check_adapter(rule: Rule, config: Config) -> None:
         ConfigError: its type, its start, or ranks and alphas that differ by layer.
     """
     adapter, ranks = config.adapter, config.federation.ranks
-    if adapter.type == "dora" and not rule.capabilities.magnitudes:
+    if adapter.type == "dora" and not rule.capabilities.dora:
         raise ConfigError(
             f'adapter.type is "dora", and what {rule.name} adds to the base would stand outside '
             "the norm that its magnitudes scale",
-            f'Set adapter.type to "lora" or "rslora", or use one of {able("magnitudes")}.',
+            f'Set adapter.type to "lora" or "rslora", or use one of {able("dora")}.',
         )
     if adapter.init not in ("default", "gaussian"):
         found = f'adapter.init is "{adapter.init}", whose first B is not zero'
-        if not rule.capabilities.nonzero_start:
+        if not rule.capabilities.any_start:
             raise ConfigError(
                 f"{found}, and {rule.name} would not keep that start whole",
-                f'Set adapter.init to "default", or use one of {able("nonzero_start")}.',
+                f'Set adapter.init to "default", or use one of {able("any_start")}.',
             )
         if ranks is not None:
             raise ConfigError(

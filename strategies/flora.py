@@ -48,8 +48,8 @@ class FLoRA(PerClientRule):
         exact=True,
         mixed_ranks=True,
         base_residual=True,
-        magnitudes=False,
-        nonzero_start=False,
+        dora=False,
+        any_start=False,
     )
     Options = ResidualOptions
     options: ResidualOptions

@@ -15,6 +15,7 @@ from fedgraft.errors import ConfigError
 from fedgraft.library import load_run
 from fedgraft.run_directory import RunDirectory
 from server.checkpoint import Checkpoints
+from simulations.references import reference
 from strategies.fitness import check_rule
 from strategies.registry import build_rule, rule_names
 
@@ -101,6 +102,15 @@ def test_what_takes_the_first_product_away_is_sent_once(tiny: Config, tmp_path: 
     whole = json.loads((directory.adapter / "adapter_config.json").read_text())
     assert (whole["r"], whole["lora_alpha"], whole["init_lora_weights"]) == (16, 32.0, True)
     assert {layer.rank for layer in checkpoint.best.layers.values()} == {8}
+
+
+def test_reference_rows_start_from_the_base(tiny: Config) -> None:
+    """A row that trains next to nothing ends where the base is."""
+    for init in ("pissa", "default"):
+        settings = {"adapter.init": init, "train.lr": 1e-9, "federation.rounds": 1}
+        config = config_of(tiny, settings)
+        rows = [reference(name, config)["final"] for name in ("base", "centralised")]
+        assert rows[0] == pytest.approx(rows[1], abs=0.01) and rows[0] > 0.3
 
 
 @pytest.mark.slow

@@ -175,6 +175,7 @@ def test_adapters_that_contradict_themselves_are_refused():
     for settings, message in (
         ({"adapter.init": "pissa", "adapter.from": "x"}, "names an adapter to start from"),
         ({"adapter.init": "olora", "adapter.type": "dora"}, "the norm of adapter.type"),
+        ({"adapter.init": "pissa", "adapter.dropout": 0.1}, "adapter.dropout 0.1 would drop it"),
         ({"adapter.init": "orthogonal", "adapter.rank": 3}, "even ranks, and one is 3"),
         ({"adapter.init": "orthogonal", "adapter.rank-pattern": {"q": 5}}, "and one is 5"),
         ({"adapter.targets": 3}, 'adapter.targets is 3, and may be "all-linear", a list of names'),

@@ -49,7 +49,7 @@ def test_who_refuses_what() -> None:
 @pytest.mark.parametrize("name", rule_names())
 def test_nothing_stands_outside_doras_norm(name: str) -> None:
     able = rule_class(name).capabilities
-    assert able.magnitudes != able.base_residual
+    assert able.dora != able.base_residual
 
 
 @pytest.mark.parametrize(
