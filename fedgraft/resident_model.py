@@ -93,6 +93,7 @@ class ResidentModel:
         parameters: the trainable parameters by their adapter tensor names, in stable order.
         scaling: alpha / r of each layer at its whole rank.
         ranks: each layer's whole rank.
+        init: how the run's first factors are made, `adapter.init`.
         threads: torch threads that work on this model uses.
     """
 
