@@ -92,11 +92,14 @@ class Seat:
         kept = store.load(request.round + int(done), request.counted) or {}
         beside = from_arrays(request.companions) if request.companions is not None else {}
         constants = _constants(request, beside, kept)
-        companions = _under(RULE, beside) | constants
+        fixed = _under(RESIDUAL, constants)  # what adapter.init took out of the factors
+        companions = _under(RULE, beside) | {
+            name: tensor for name, tensor in constants.items() if not name.startswith(RESIDUAL)
+        }
         received = _received(model, request, config)
         held = rule.assemble(received, companions, _under(RULE, kept))
         _check_whole(held, model)
-        residual = _under(RESIDUAL, beside)
+        residual = _under(RESIDUAL, beside) | fixed
         return cls(
             config, request, index, task, model, rule, held, residual, companions, kept, store
         )
@@ -109,11 +112,10 @@ class Seat:
 
     def scalings(self) -> dict[str, float]:
         """Return alpha / r of every layer, r the rank that this client holds."""
-        settings = self.config.adapter
+        model, scaling_at = self.model, self.config.adapter.scaling_at
         return {
-            parsed[0]: settings.scaling_at(rank)
-            for name, rank in ranks_of(self.held).items()
-            if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
+            layer: model.scaling[layer] if rank == model.ranks[layer] else scaling_at(rank)
+            for layer, rank in _layer_ranks(self.held).items()
         }
 
 
@@ -245,8 +247,10 @@ def _received(model: ResidentModel, request: TrainRequest, config: Config) -> Te
                 "the A factors derived from the seed are not the server's",
                 "Let both sides run the same FedGraft and numpy versions.",
             )
-        own = min(ranks_of(received).values(), default=None)
-        received |= {name: cut_factor(name, tensor, own) for name, tensor in derived.items()}
+        own = _layer_ranks(received)
+        received |= {
+            name: cut_factor(name, A, own.get(_layer(name))) for name, A in derived.items()
+        }
     return received
 
 
@@ -265,6 +269,16 @@ def _constants(request: TrainRequest, beside: Tensors, kept: Tensors) -> Tensors
             "The server sends it again in the next round.",
         )
     return constants
+
+
+def _layer_ranks(tensors: Tensors) -> dict[str, int]:
+    """Return the rank of every layer that has factors here."""
+    return {_layer(name): rank for name, rank in ranks_of(tensors).items()}
+
+
+def _layer(name: str) -> str:
+    parsed = parse_factor(name)
+    return parsed[0] if parsed is not None else ""
 
 
 def _check_whole(held: Tensors, model: ResidentModel) -> None:

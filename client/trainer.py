@@ -57,6 +57,11 @@ class Assignment:
     client: str
     how: Training = PLAIN
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """By factor, what its learning rate is multiplied by: the rule's word, or LoRA+'s."""
+        return self.how.rates or self.settings.rates
+
 
 @dataclass(frozen=True)
 class LocalResult(Trained):
@@ -106,7 +111,7 @@ def train(
         raise RunError(f"client {work.client} has no training examples")
     model.use_threads()
     model.take(start)
-    parameters = _trained(model, work.how)
+    parameters = _trained(model, work.how, work.rates)
     began = time.perf_counter()
     with _only_trainable(model, parameters):
         loop = _Loop(model, task, examples, work, parameters, optimizer_state, ranks_of(begin))
@@ -126,16 +131,18 @@ def train(
     )
 
 
-def _trained(model: ResidentModel, how: Training) -> dict[str, nn.Parameter]:
+def _trained(
+    model: ResidentModel, how: Training, rates: Mapping[str, float]
+) -> dict[str, nn.Parameter]:
     """Return the parameters that train, those of one learning rate beside each other."""
     chosen = {
         name: parameter
         for name, parameter in model.parameters.items()
         if (how.extras if (factor := parse_factor(name)) is None else factor[1] in how.factors)
     }
-    if not how.rates:
+    if not rates:
         return chosen
-    return {name: chosen[name] for name in sorted(chosen, key=lambda n: rate_of(n, how.rates))}
+    return {name: chosen[name] for name in sorted(chosen, key=lambda n: rate_of(n, rates))}
 
 
 class _Loop:
@@ -170,7 +177,7 @@ class _Loop:
         self.rate = 0.0
         self.scale = LOSS_SCALE if model.half_precision else 1.0
         self.latent = Latent(parameters, work.how.bases)
-        self.optimizer = make_optimizer(self.latent.leaves, self.settings, work.how.rates)
+        self.optimizer = make_optimizer(self.latent.leaves, self.settings, work.rates)
         if optimizer_state is not None:
             restore_optimizer(self.optimizer, self.latent.leaves, optimizer_state)
         self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}

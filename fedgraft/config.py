@@ -31,6 +31,8 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 RUN_CONFIG_KEY = "fedgraft.config"
 """The one key under which a resolved config travels as JSON in Flower's run config."""
+_PATTERNS = ("adapter.rank-pattern", "adapter.alpha-pattern")
+"""Keys whose values are tables by names that may have dots in them."""
 RECORDED = ("run", "versions")
 """Tables of a run directory's config.toml that are a record of the run and not its config."""
 
@@ -43,6 +45,15 @@ def _list_or_by_memory(value: Any) -> Any:
     if isinstance(value, str) and value != "by-memory":
         raise ValueError(
             f'federation.ranks is {value!r}, and may be a list like [8, 4, 2] or "by-memory"'
+        )
+    return value
+
+
+def _names_or_expression(value: Any) -> Any:
+    if value is not None and not isinstance(value, list | str):
+        raise ValueError(
+            f'adapter.targets is {value!r}, and may be "all-linear", a list of names like '
+            '["q_proj", "v_proj"], or a regular expression that whole names match'
         )
     return value
 
@@ -89,12 +100,51 @@ class ModelConfig(Group):
 class AdapterConfig(Group):
     """`[adapter]`: what is trained and travels."""
 
-    type: Literal["lora", "rslora"] = "lora"
+    type: Literal["lora", "rslora", "dora"] = "lora"
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    rank_pattern: dict[str, Positive] | None = None  # by a layer's name or a regular expression
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] | None = None
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    targets: list[str] | Literal["all-linear"] | None = None  # None: the task's own choice
+    # "all-linear", or what whole names match; None: the task's own choice
+    targets: Annotated[list[str] | str | None, BeforeValidator(_names_or_expression)] = None
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     from_: str | None = Field(None, alias="from")  # an adapter folder to start from
+
+    @model_validator(mode="after")
+    def _one_start(self) -> AdapterConfig:
+        if self.from_ is not None and self.init != "default":
+            raise ValueError(
+                f'adapter.init is "{self.init}" and adapter.from names an adapter to start from: '
+                "set one of them"
+            )
+        if self.init in ("pissa", "olora") and self.type == "dora":
+            raise ValueError(
+                f'adapter.init is "{self.init}", which takes a part of the base out, and the norm '
+                'of adapter.type "dora" is that of the whole: set one of them to another value'
+            )
+        if self.init in ("pissa", "olora") and self.dropout:
+            raise ValueError(
+                f'adapter.init is "{self.init}", whose factors hold a part of the base, and '
+                f"adapter.dropout {self.dropout:g} would drop it in training: set it to 0"
+            )
+        if self.init == "orthogonal":
+            for rank in (self.rank, *(self.rank_pattern or {}).values()):
+                if rank % 2:
+                    raise ValueError(
+                        f'adapter.init is "orthogonal", which needs even ranks, and one is {rank}'
+                    )
+        return self
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the run starts from B = 0 and an A that its seed determines, bit for bit."""
+        return self.from_ is None and self.init in ("default", "gaussian")
+
+    @property
+    def patterned(self) -> bool:
+        """Whether layers may have ranks or alphas of their own."""
+        return bool(self.rank_pattern or self.alpha_pattern)
 
     @property
     def scaling(self) -> float:
@@ -102,7 +152,10 @@ class AdapterConfig(Group):
         return self.scaling_at(self.rank)
 
     def scaling_at(self, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) for rslora (Kalajdzievski 2023, arXiv:2312.03732)."""
+        """alpha / r, or alpha / sqrt(r) for rslora (Kalajdzievski 2023, arXiv:2312.03732).
+
+        Of layers that no pattern gives a rank or an alpha of their own.
+        """
         return self.alpha / (rank**0.5 if self.type == "rslora" else rank)
 
 
@@ -130,6 +183,7 @@ class TrainConfig(Group):
     batch_size: Positive = 25
     micro_batch: Positive | None = None  # examples a forward pass; the whole batch when unset
     lr: Annotated[float, Field(gt=0.0)] = 8e-3
+    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0  # B's learning rate over A's (LoRA+)
     optimizer: Literal["adamw", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     optimizer_state: Literal["reset", "keep"] = "reset"
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd only
@@ -154,6 +208,11 @@ class TrainConfig(Group):
         if self.epochs is not None:
             return max(1, round(self.epochs * examples / self.batch_size))
         return self.steps or 5
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """What factors' learning rates are multiplied by; empty where all are `lr`."""
+        return {} if self.lr_ratio == 1.0 else {"B": self.lr_ratio}
 
 
 class StrategyConfig(Group):
@@ -374,7 +433,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested groups into dotted keys, the form that `--set` and `with_overrides` take."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not f"{prefix}{key}".endswith(_PATTERNS):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -8,12 +8,14 @@ print(run.summary["final"], run.adapter().layers.keys())
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgraft.adapter import Adapter
+from fedgraft.adapter import Adapter, parse_factor
+from fedgraft.attachment import peft_scalings
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.files import read_tensors
@@ -46,8 +48,11 @@ class Run:
         Raises:
             RunError: its file is missing or damaged.
         """
-        tensors, _ = read_tensors(RunDirectory(self.path).adapter / "adapter_model.safetensors")
-        return Adapter.from_tensors(tensors, self.config.adapter.scaling)
+        folder = RunDirectory(self.path).adapter
+        tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+        layers = {parsed[0] for name in tensors if (parsed := parse_factor(name)) is not None}
+        settings = json.loads((folder / "adapter_config.json").read_bytes())
+        return Adapter.from_tensors(tensors, peft_scalings(settings, layers))
 
 
 def load_run(path: str | Path) -> Run:

@@ -23,6 +23,7 @@ from fedgraft.adapter import (
     LoraLayer,
     Tensors,
     digest,
+    factor_name,
     natural_order,
     pad_rank,
     parse_factor,
@@ -31,8 +32,8 @@ from fedgraft.attachment import attach
 from fedgraft.config import Config
 from fedgraft.devices import check_optimizer, pick_device
 from fedgraft.errors import ModelError
+from fedgraft.initialisation import Pair, dense_weight, derive_A, olora, orthogonal, pissa
 from fedgraft.registry import load_plugin
-from fedgraft.seeds import stream
 from fedgraft.tasks.task import Batch, Examples, Task
 
 TASKS = "fedgraft.tasks"
@@ -77,7 +78,9 @@ class ResidentModel:
     Attributes:
         base_hash: identity of the frozen base (`hash_base`).
         parameters: the trainable parameters by their adapter tensor names, in stable order.
-        scaling: alpha / r of every layer.
+        scaling: alpha / r of each layer at its whole rank.
+        ranks: each layer's whole rank.
+        init: how the run's first factors are made, `adapter.init`.
         threads: torch threads that work on this model uses.
         unquantised: the linear layers of a quantised base that stay as they are, and why, by name.
         micro_batch: the most examples of a forward pass that memory has been found to suffice for;
@@ -99,7 +102,7 @@ class ResidentModel:
         self.model = attach(base, task, config).eval()
         if config.model.dtype != "float32":
             _train_in_float32(self.model, task.extras)
-        self.scaling = config.adapter.scaling
+        self.init = config.adapter.init
         named = {
             _adapter_name(name): parameter
             for name, parameter in self.model.named_parameters()
@@ -111,6 +114,11 @@ class ResidentModel:
             for name in self.parameters
             if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
         }
+        self.scaling = {
+            name: float(module.scaling["default"])  # type: ignore[index]
+            for name, module in self._lora.items()
+        }
+        self.ranks = {name: len(self.parameters[factor_name(name, "A")]) for name in self._lora}
         self.micro_batch: int | None = None
         self.half_precision = config.model.dtype == "float16"
         self._residual: list[torch.utils.hooks.RemovableHandle] = []
@@ -139,27 +147,40 @@ class ResidentModel:
             if isinstance(module, _BatchNorm):
                 module.eval()
 
+    @torch.no_grad()
     def initial_adapter(self, seed: int) -> Adapter:
-        """Return the adapter that changes nothing: A from the seed, B zero, extras the base's own.
+        """Return the adapter that changes nothing, as `adapter.init` starts it.
 
-        A is uniform within 1 / sqrt(d_in), PEFT's Kaiming default, drawn by a portable generator
-        so that every machine holds the same bits.
+        By default A from the seed, B zero, extras the base's own. Where factors start from a
+        product that is not zero, the residual takes it away again.
         """
-        tensors = {name: tensor.clone() for name, tensor in self._base_extras.items()}
-        derived = self.derived_A(seed)
-        for name, parameter in self.parameters.items():
-            parsed = parse_factor(name)
-            if parsed is None:
-                continue
-            tensors[name] = derived[name] if parsed[1] == "A" else torch.zeros(parameter.shape)
-        return Adapter.from_tensors(tensors, self.scaling)
+        layers: dict[str, LoraLayer] = {}
+        residual: dict[str, LoraLayer] = {}
+        for name, scaling in self.scaling.items():
+            A, B = self._initial_factors(name, seed)
+            layers[name] = LoraLayer(A, B, scaling)
+            if self.init in ("pissa", "olora"):
+                residual[name] = LoraLayer(A.clone(), -scaling * B, 1.0)
+        extras = {name: tensor.clone() for name, tensor in self._base_extras.items()}
+        return Adapter(layers, extras, residual)
+
+    def _initial_factors(self, layer: str, seed: int) -> Pair:
+        """Return the A and B that one layer starts from."""
+        name, rank, module = factor_name(layer, "A"), self.ranks[layer], self._lora[layer]
+        A, B = (self.parameters[factor_name(layer, factor)] for factor in "AB")
+        if self.init == "orthogonal":
+            return orthogonal(layer, rank, len(B), A.shape[1], seed)
+        if self.init == "pissa":
+            return pissa(dense_weight(module, layer), rank, self.scaling[layer])
+        if self.init == "olora":
+            return olora(dense_weight(module, layer), rank)
+        return derive_A(name, tuple(A.shape), seed, self.init), torch.zeros(B.shape)
 
     def derived_A(self, seed: int) -> Tensors:
         """Return every layer's A as the run's seed determines it, float32."""
         return {
-            name: derive_A(name, tuple(parameter.shape), seed)
-            for name, parameter in self.parameters.items()
-            if (parsed := parse_factor(name)) is not None and parsed[1] == "A"
+            name: derive_A(name, tuple(self.parameters[name].shape), seed, self.init)
+            for name in (factor_name(layer, "A") for layer in self._lora)
         }
 
     @torch.no_grad()
@@ -369,14 +390,9 @@ def _adding(
     return add
 
 
-def derive_A(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return one layer's A (r, d_in) from the run's seed; its first rows serve a smaller rank."""
-    bound = shape[1] ** -0.5
-    values = stream(seed, "initial-A", client=name).uniform(-bound, bound, size=shape)
-    return torch.from_numpy(values.astype(np.float32))
-
-
 def _adapter_name(parameter_name: str) -> str:
     """Return the state-dict name of a parameter of the adapter PEFT calls "default"."""
     name = parameter_name.replace(".modules_to_save.default", "")
+    # a vector to PEFT's files, though a module to torch
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.replace(".lora_A.default", ".lora_A").replace(".lora_B.default", ".lora_B")

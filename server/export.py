@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from fedgraft.adapter import Adapter, LoraLayer, pad_rank
+from fedgraft.adapter import PREFIX, Adapter, LoraLayer, pad_rank
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors, write_text
@@ -42,23 +42,31 @@ def write_adapter(folder: Path, adapter: Adapter, model: ResidentModel, card: st
 def with_residual_joined(adapter: Adapter) -> Adapter:
     """Return an adapter of a larger rank and no residual that computes the same.
 
-    Each layer is [B, B_res], [A; A_res]; PEFT knows one rank and one alpha for all layers, so those
-    with less are padded with zeros.
+    Each layer is [B, B_res], [A; A_res]. Where all layers had one rank and one scaling they are
+    padded with zeros to one rank again; else each has its own.
     """
     if not adapter.residual:
         return adapter
-    rank = max(
-        layer.rank + (adapter.residual[name].rank if name in adapter.residual else 0)
+    ranks = {
+        name: layer.rank + (adapter.residual[name].rank if name in adapter.residual else 0)
         for name, layer in adapter.layers.items()
-    )
+    }
+    if _is_uniform(adapter):
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
     joined: dict[str, LoraLayer] = {}
     for name, layer in adapter.layers.items():
         A, B = layer.A, layer.B
         if (more := adapter.residual.get(name)) is not None:
             A = torch.cat([A, more.A])
             B = torch.cat([B, more.B * (more.scaling / layer.scaling)], dim=1)
+        rank = ranks[name]
         joined[name] = LoraLayer(pad_rank(A, rank, 0), pad_rank(B, rank, 1), layer.scaling)
     return Adapter(joined, adapter.extras)
+
+
+def _is_uniform(adapter: Adapter) -> bool:
+    """Whether one rank and one scaling serve all layers."""
+    return len({(layer.rank, layer.scaling) for layer in adapter.layers.values()}) <= 1
 
 
 def _settings(model: ResidentModel, adapter: Adapter) -> dict[str, Any]:
@@ -66,15 +74,27 @@ def _settings(model: ResidentModel, adapter: Adapter) -> dict[str, Any]:
     equal files.
 
     PEFT divides alpha by the rank that the file has (its root, for rsLoRA), so a rank that a
-    residual has raised raises alpha, too: the scaling stays.
+    residual has raised raises alpha, too: the scaling stays. Layers that differ have both by name.
     """
     settings = model.peft_config() | {"inference_mode": True}
-    rank = next((layer.rank for layer in adapter.layers.values()), settings["r"])
-    if rank != settings["r"]:
+    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
+    if ranks != model.ranks:
+        rank = max(ranks.values())
         ratio = rank / settings["r"]
         settings["lora_alpha"] *= ratio**0.5 if settings["use_rslora"] else ratio
         settings["r"] = rank
+        if not _is_uniform(adapter):
+            settings["rank_pattern"] = {_only(name): rank for name, rank in ranks.items()}
+            settings["alpha_pattern"] = {
+                _only(name): layer.scaling * layer.rank ** (0.5 if settings["use_rslora"] else 1)
+                for name, layer in adapter.layers.items()
+            }
     return {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+
+
+def _only(layer: str) -> str:
+    """Return the key of PEFT's patterns that matches this layer alone."""
+    return f"^{re.escape(layer.removeprefix(PREFIX))}"
 
 
 def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[str, Any]) -> str:
@@ -174,6 +194,17 @@ def read_adapter(folder: Path, model: ResidentModel) -> Adapter:
     settings = _read_settings(folder / SETTINGS)
     own = (settings.get("lora_alpha", 0), settings.get("r", 1), bool(settings.get("use_rslora")))
     ours = model.peft_config()
+    for key, name in (
+        ("use_dora", "adapter.type"),
+        ("rank_pattern", "adapter.rank-pattern"),
+        ("alpha_pattern", "adapter.alpha-pattern"),
+    ):
+        if settings and (settings.get(key) or None) != (ours.get(key) or None):
+            raise ConfigError(
+                f"adapter.from was trained with {key} {settings.get(key)}; this run has "
+                f"{ours.get(key)}",
+                f"Set {name} to the adapter's own.",
+            )
     if settings and own != (ours["lora_alpha"], ours["r"], bool(ours["use_rslora"])):
         raise ConfigError(
             f"adapter.from was trained with alpha {own[0]}, rank {own[1]}, rsLoRA {own[2]}; this "

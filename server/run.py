@@ -19,7 +19,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedgraft import interrupts
-from fedgraft.adapter import Adapter, natural_order, to_arrays
+from fedgraft.adapter import Adapter, LoraLayer, natural_order, to_arrays
 from fedgraft.config import Config
 from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
@@ -113,7 +113,7 @@ class FederatedRun(RoundHooks):
         if checkpoint is not None and done:
             rounds = checkpoint.state.round
         if not done or self.rule.capabilities.personal:  # whose clients are asked for their tests
-            self._strategy().start(
+            self._strategy(start.residual).start(
                 grid,
                 to_arrays(start.tensors()),
                 num_rounds=rounds,
@@ -122,17 +122,18 @@ class FederatedRun(RoundHooks):
             )
         return self._finish()
 
-    def _strategy(self) -> AdapterStrategy:
+    def _strategy(self, residual: Mapping[str, LoraLayer]) -> AdapterStrategy:
         config = self.config
         return AdapterStrategy(
             self.rule,
-            scaling=config.adapter.scaling,
+            scaling=self.model.scaling,
+            residual=residual,
             fraction=config.federation.fraction,
             clients=config.federation.clients,
             min_clients=config.federation.min_clients,
             seed=config.seed,
             evaluate_every=config.evaluate.every if self._clients_evaluate else 0,
-            derive_A=config.adapter.from_ is None,  # a given A is in no seed
+            derive_A=config.adapter.starts_at_zero,  # any other A is in no seed
             lineage=self.lineage,
             base_hash=self.model.base_hash,
             ranks=config.federation.ranks,

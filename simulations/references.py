@@ -34,8 +34,11 @@ _TRAINED = (
     "adapter.type",
     "adapter.rank",
     "adapter.alpha",
+    "adapter.rank-pattern",
+    "adapter.alpha-pattern",
     "adapter.dropout",
     "adapter.targets",
+    "adapter.init",
     "federation.clients",
     "federation.rounds",
     "federation.partition",
@@ -52,8 +55,11 @@ NAMES = tuple(_DEPENDS_ON)
 _TUNED = (
     "adapter.type",
     "adapter.alpha",
+    "adapter.alpha-pattern",
     "adapter.dropout",
+    "adapter.init",
     "train.lr",
+    "train.lr-ratio",
     "train.optimizer",
     "train.optimizer-state",
     "train.momentum",
@@ -99,9 +105,9 @@ def reference(name: str, config: Config) -> dict[str, Any]:
     if name == "centralised":
         sampled = sample_size(config.federation.fraction, config.federation.clients)
         settings = config.train.model_copy(update={"batch_size": config.train.batch_size * sampled})
-        return row | {"final": _long(model, task, config, settings, task.train(), "pooled")}
+        return row | {"final": _long(model, task, start, config, settings, task.train(), "pooled")}
     finals = [
-        _long(model, task, config, config.train, task.train(client), str(client))
+        _long(model, task, start, config, config.train, task.train(client), str(client))
         for client in range(config.federation.clients)
     ]
     return row | {"final": fmean(finals), "low": min(finals), "high": max(finals)}
@@ -110,6 +116,7 @@ def reference(name: str, config: Config) -> dict[str, Any]:
 def _long(
     model: ResidentModel,
     task: Task,
+    start: Adapter,
     config: Config,
     settings: TrainConfig,
     examples: Examples,
@@ -121,7 +128,7 @@ def _long(
         model,
         task,
         examples,
-        model.initial_adapter(config.seed),
+        start,
         Assignment(
             settings=settings.model_copy(update={"steps": steps, "epochs": None}),
             seed=config.seed,
@@ -130,7 +137,7 @@ def _long(
             client=client,
         ),
     )
-    return _test(model, task, Adapter.from_tensors(trained.tensors, model.scaling))
+    return _test(model, task, start.with_tensors(trained.tensors))
 
 
 def _steps_a_round(task: Task, config: Config) -> int:

@@ -103,8 +103,11 @@ class _Round:
             context = self._context(name)
             result = self._stepped(self._layer(context, plan.train), context, plan.train)
             layers[name] = _float32(result.factors)
-            if result.residual is not None:
-                residual[name] = _float32(result.residual)
+            beside_base = self.current.residual.get(name)  # fixed, unless the rule adds to it
+            if self.rule.capabilities.base_residual:
+                beside_base = result.residual and _float32(result.residual)
+            if beside_base is not None:
+                residual[name] = beside_base
             next_state |= {beside(name, key): value for key, value in result.state.items()}
             notes += [f"{name}: {note}" for note in result.notes]
         extras: Tensors = {}

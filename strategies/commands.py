@@ -21,6 +21,8 @@ MEANINGS = {
     "personal": "a part of the adapter stays on its client",
     "server_optimizer": "strategy.server-optimizer may step from one round's result to the next",
     "quantised_base": "nothing is written into the base's own weights",
+    "dora": "DoRA's magnitudes may be averaged beside the factors (adapter.type=dora)",
+    "any_start": "adapter.init may be orthogonal, pissa or olora, whose B is not zero",
     "extras": "what becomes of trained tensors that are not LoRA, a classifier's head, say",
 }
 """What each of a rule's capabilities means, for people."""
@@ -64,7 +66,7 @@ def _option(owner: type[Rule] | type[RuleOptions], name: str) -> str:
 
 
 def _table(rules: list[type[Rule]]) -> Table:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy.name", no_wrap=True)
     for name in MEANINGS:
         table.add_column(_words(name), justify="center")

@@ -130,6 +130,8 @@ def _joined(name: str, current: Adapter, made: Adapter) -> list[tuple[Tensor, Te
 
     Its products are as of a layer with the trained factors' scaling, in float64.
     """
+    if made.residual.get(name) is current.residual.get(name):
+        return []
     scaling = current.layers[name].scaling
     return [
         (sign * side.scaling / scaling * side.B.double(), side.A.double())

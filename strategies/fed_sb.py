@@ -58,6 +58,7 @@ from strategies.local import (
     owner_of,
 )
 from strategies.options import RuleOptions
+from strategies.refusals import refuse_init, refuse_lr_ratio
 from strategies.rule import (
     Capabilities,
     LayerContext,
@@ -88,7 +89,7 @@ class FedSB(SumOnlyRule):
     name = "fed-sb"
     title = "Fed-SB"
     citation = "Singhal et al., 2025, arXiv:2502.15436"
-    capabilities = Capabilities(sum_only=True, exact=True)
+    capabilities = Capabilities(sum_only=True, exact=True, any_start=False)
     Options = FedSBOptions
     options: FedSBOptions
 
@@ -96,9 +97,11 @@ class FedSB(SumOnlyRule):
         """Refuse an adapter to start from, and a run that ends before anything is trained.
 
         Raises:
-            ConfigError: adapter.from is set, and its factors would be replaced; or there is but one
-                round, which finds A0 and B0.
+            ConfigError: adapter.from or adapter.init is set, and its factors would be replaced; or
+                there is but one round, which finds A0 and B0; or train.lr-ratio is set.
         """
+        refuse_init(config, self.name, "makes its own factors in round 1")
+        refuse_lr_ratio(config, self.name, "trains neither A nor B")
         if config.federation.rounds < 2:
             raise ConfigError(
                 "fed-sb finds its factors in round 1, and federation.rounds is 1: nothing would be "

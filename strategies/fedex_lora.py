@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.means import weighted_mean
 from strategies.residual import ResidualOptions, grown
 from strategies.rule import (
@@ -41,9 +43,24 @@ class FedExLoRA(PerClientRule):
     name = "fedex-lora"
     title = "FedEx-LoRA"
     citation = "Singhal et al., ACL 2025, arXiv:2410.09432"
-    capabilities = Capabilities(sum_only=False, exact=True, base_residual=True)
+    capabilities = Capabilities(sum_only=False, exact=True, base_residual=True, dora=False)
     Options = ResidualOptions
     options: ResidualOptions
+
+    def check(self, config: Config) -> None:
+        """Refuse to compress a residual that must take the first product away exactly.
+
+        Raises:
+            ConfigError: adapter.init leaves a part of the base in the factors, and strategy.energy
+                or strategy.max-rank allow an error relative to it.
+        """
+        lossy = self.options.energy < 1.0 or self.options.max_rank is not None
+        if config.adapter.init in ("pissa", "olora") and lossy:
+            raise ConfigError(
+                f'adapter.init is "{config.adapter.init}", whose product the residual must take '
+                "away exactly, and strategy.energy or strategy.max-rank compress it",
+                'Leave both out, or set adapter.init to "default".',
+            )
 
     def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:
         """Return the means, and the residual with this round's averaging error added."""

@@ -31,7 +31,7 @@ from strategies.ffa_lora import factor_b
 from strategies.local import B_ONLY
 from strategies.low_rank import orthonormal_rows
 from strategies.options import RuleOptions
-from strategies.refusals import refuse_kept_optimizer
+from strategies.refusals import refuse_kept_optimizer, refuse_lr_ratio
 from strategies.rule import Capabilities, LayerContext, LayerResult, Phase, Plan, SumOnlyRule
 
 
@@ -59,8 +59,9 @@ class FedSVD(SumOnlyRule):
         """Refuse to keep optimizers: B is of another basis in the next round.
 
         Raises:
-            ConfigError: `train.optimizer-state` is "keep".
+            ConfigError: `train.optimizer-state` is "keep", or train.lr-ratio is set.
         """
+        refuse_lr_ratio(config, self.name, "never trains A")
         refuse_kept_optimizer(config, self.name, "the basis of B and A is remade")
 
     def plan(self, round: int) -> Plan:

@@ -15,9 +15,12 @@ searches learning rates about ten times as large as LoRA's; start from twice.
 from __future__ import annotations
 
 from fedgraft.adapter import LoraLayer, Tensors
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.fedavg import keep_mean
 from strategies.local import B_ONLY
 from strategies.options import SteppedOptions
+from strategies.refusals import refuse_lr_ratio
 from strategies.rule import Capabilities, LayerContext, Phase, Plan, SumOnlyRule
 
 
@@ -34,6 +37,20 @@ class FFALoRA(SumOnlyRule):
     citation = "Sun et al., ICLR 2024, arXiv:2403.12313"
     capabilities = Capabilities(sum_only=True, exact=True, mixed_ranks=True, server_optimizer=True)
     Options = SteppedOptions
+
+    def check(self, config: Config) -> None:
+        """Refuse a learning rate of B's own beside A's, which does not train, and half of an A.
+
+        Raises:
+            ConfigError: train.lr-ratio is set, or adapter.init is "orthogonal".
+        """
+        if config.adapter.init == "orthogonal":
+            raise ConfigError(
+                f'adapter.init is "orthogonal", whose A has half of its rank, and {self.name} '
+                "never trains A",
+                'Set adapter.init to "default", "gaussian", "pissa" or "olora", or use fedavg.',
+            )
+        refuse_lr_ratio(config, self.name, "never trains A")
 
     def plan(self, round: int) -> Plan:
         """Return what the paper asks for: B trains and travels, A is derived on both sides."""

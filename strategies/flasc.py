@@ -36,7 +36,8 @@ from typing import Literal
 import torch
 
 from fedgraft.adapter import Adapter, parse_factor
-from fedgraft.config import Fraction
+from fedgraft.config import Config, Fraction
+from fedgraft.errors import ConfigError
 from strategies.fedavg import MEANS
 from strategies.local import LocalUpdate, LocalWork
 from strategies.options import SteppedOptions
@@ -67,6 +68,19 @@ class FLASC(SumOnlyRule):
     capabilities = Capabilities(sum_only=True, server_optimizer=True)
     Options = FLASCOptions
     options: FLASCOptions
+
+    def check(self, config: Config) -> None:
+        """Refuse to send a part of factors that start from a product.
+
+        Raises:
+            ConfigError: B does not start at zero, and strategy.density-down is below 1.
+        """
+        if self.options.density_down < 1.0 and config.adapter.init not in ("default", "gaussian"):
+            raise ConfigError(
+                f'adapter.init is "{config.adapter.init}", and with strategy.density-down = '
+                f"{self.options.density_down:g} clients would get a part of its product only",
+                'Set strategy.density-down to 1, or adapter.init to "default" or "gaussian".',
+            )
 
     def plan(self, round: int) -> Plan:
         """Return that both factors travel, with many zeros."""

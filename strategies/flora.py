@@ -26,7 +26,7 @@ import torch
 
 from fedgraft.config import Config
 from strategies.fresh import fresh_A
-from strategies.refusals import refuse_kept_optimizer
+from strategies.refusals import refuse_init, refuse_kept_optimizer
 from strategies.residual import ResidualOptions, grown
 from strategies.rule import (
     Capabilities,
@@ -43,16 +43,24 @@ class FLoRA(PerClientRule):
     name = "flora"
     title = "FLoRA"
     citation = "Wang et al., NeurIPS 2024, arXiv:2409.05976"
-    capabilities = Capabilities(sum_only=False, exact=True, mixed_ranks=True, base_residual=True)
+    capabilities = Capabilities(
+        sum_only=False,
+        exact=True,
+        mixed_ranks=True,
+        base_residual=True,
+        dora=False,
+        any_start=False,
+    )
     Options = ResidualOptions
     options: ResidualOptions
 
     def check(self, config: Config) -> None:
-        """Refuse to keep optimizers: A and B are new in every round.
+        """Refuse to keep optimizers, and another first A: A and B are new in every round.
 
         Raises:
-            ConfigError: `train.optimizer-state` is "keep".
+            ConfigError: `train.optimizer-state` is "keep", or adapter.init is set.
         """
+        refuse_init(config, self.name, "draws new factors after every round")
         refuse_kept_optimizer(config, self.name, "every round trains new factors")
 
     def combine(self, updates: Sequence[WeightedLayer], context: LayerContext) -> LayerResult:

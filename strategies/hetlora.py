@@ -79,7 +79,7 @@ class HetLoRA(SurveyingRule):
     name = "hetlora"
     title = "HetLoRA"
     citation = "Cho et al., EMNLP 2024, arXiv:2401.06432"
-    capabilities = Capabilities(sum_only=False, mixed_ranks=True)
+    capabilities = Capabilities(sum_only=False, mixed_ranks=True, any_start=False)
     Options = HetLoRAOptions
     options: HetLoRAOptions
     prunes = True

@@ -41,7 +41,7 @@ from fedgraft.errors import ConfigError
 from strategies.fedavg import keep_mean
 from strategies.local import A_ONLY, B_ONLY, LocalUpdate, LocalWork, Training
 from strategies.options import RuleOptions
-from strategies.refusals import refuse_kept_optimizer
+from strategies.refusals import refuse_kept_optimizer, refuse_lr_ratio
 from strategies.rule import Capabilities, LayerContext, Phase, Plan, SumOnlyRule
 from strategies.selection import largest
 
@@ -95,9 +95,10 @@ class LoRAA2(SumOnlyRule):
         """Refuse a budget above the pool, and to keep optimizers.
 
         Raises:
-            ConfigError: the budget is more than the adapter's rank, or `train.optimizer-state` is
-                "keep".
+            ConfigError: the budget is more than the adapter's rank, `train.optimizer-state` is
+                "keep", or train.lr-ratio is set.
         """
+        refuse_lr_ratio(config, self.name, "has a ratio of its own, strategy.lr-ratio")
         refuse_kept_optimizer(config, self.name, "factors and ranks take turns")
         budget, pool = self.options.budget, config.adapter.rank
         if budget > pool:

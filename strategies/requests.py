@@ -41,6 +41,8 @@ class Requests:
 
     def __post_init__(self) -> None:
         self._constants = self.rule.constants(self.state.rule, self.round)
+        if not self._residual_grows:
+            self._constants |= _prefixed(RESIDUAL, self.state.adapter.residual_tensors())
 
     def for_client(self, name: str) -> TrainRequest:
         """Return one client's request."""
@@ -53,6 +55,11 @@ class Requests:
             constants_hash=constants_hash,
             counted=self.state.counted.get(name, 0),
         )
+
+    @property
+    def _residual_grows(self) -> bool:
+        """Whether what stands beside the base changes; else it is sent once."""
+        return self.rule.capabilities.base_residual
 
     @property
     def constants_hash(self) -> str:
@@ -80,7 +87,8 @@ class Requests:
     def _beside(self, *, with_constants: bool) -> ArrayRecord | None:
         with_constants = with_constants and bool(self._constants)
         if with_constants not in self._companions:
-            tensors = _prefixed(RESIDUAL, self.state.adapter.residual_tensors())
+            residual = self.state.adapter.residual_tensors() if self._residual_grows else {}
+            tensors = _prefixed(RESIDUAL, residual)
             sent = self.rule.companions(self.state.rule, self.round)
             tensors |= _prefixed(RULE, sent)
             if with_constants:

@@ -49,6 +49,10 @@ class Capabilities:
             "personal".
         server_optimizer: factors keep their meaning from round to round, so that a server optimiser
             may step from one mean to the next.
+        dora: DoRA's magnitudes may train beside the factors: nothing of the weight change
+            stands outside the norm that they scale.
+        any_start: factors may start from a product that is not zero, with what takes it away
+            beside the base: no rule drops a part of it or takes it for something learned.
     """
 
     sum_only: bool
@@ -59,6 +63,8 @@ class Capabilities:
     quantised_base: bool = True
     extras: str = "mean"
     server_optimizer: bool = False
+    dora: bool = True
+    any_start: bool = True
 
 
 @dataclass(frozen=True)

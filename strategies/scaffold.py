@@ -99,8 +99,8 @@ class Scaffold(SumOnlyRule):
         """Refuse local training that is not plain SGD.
 
         Raises:
-            ConfigError: an optimizer, a momentum, a clip or a proximal term whose steps are not the
-                data's gradients times a rate.
+            ConfigError: an optimizer, a momentum, a clip, two rates or a proximal term: steps that
+                are not the data's gradients times one rate.
         """
         self.under.check(config)
         train = config.train
@@ -110,13 +110,15 @@ class Scaffold(SumOnlyRule):
             found = f"train.momentum is {train.momentum:g}"
         elif train.grad_clip:
             found = f"train.grad-clip is {train.grad_clip:g}"
+        elif train.lr_ratio != 1.0:
+            found = f"train.lr-ratio is {train.lr_ratio:g}"
         elif train.proximal_mu:
             found = f"train.proximal-mu is {train.proximal_mu:g}"
         else:
             return
         raise ConfigError(
             f"scaffold reads gradients off plain SGD steps, and {found}",
-            "Set train.optimizer=sgd, train.momentum=0, train.grad-clip=0 and "
+            "Set train.optimizer=sgd, train.momentum=0, train.grad-clip=0, train.lr-ratio=1 and "
             "train.proximal-mu=0; or use "
             f"{self.under.name} with train.proximal-mu, which holds drift under any optimizer.",
         )

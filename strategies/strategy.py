@@ -32,7 +32,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedgraft.adapter import (
     Adapter,
-    Tensors,
+    LoraLayer,
     digest,
     from_arrays,
     payload_bytes,
@@ -67,6 +67,7 @@ class AdapterStrategy(Strategy):
         rule: a rule's name, or a rule.
         options: the rule's options, when it is named.
         scaling: alpha / r of the adapter's layers.
+        residual: frozen factors that stand beside the base from the start, by layer.
         fraction: share of the clients that is sampled each round.
         clients: how many clients to wait for before the first round.
         min_clients: fewer usable updates than this end the run.
@@ -93,6 +94,7 @@ class AdapterStrategy(Strategy):
         *,
         options: Mapping[str, Any] | None = None,
         scaling: float | Mapping[str, float] = 1.0,
+        residual: Mapping[str, LoraLayer] | None = None,
         fraction: float = 1.0,
         clients: int = 1,
         min_clients: int = 1,
@@ -111,6 +113,7 @@ class AdapterStrategy(Strategy):
         if ranks is not None:
             check_mixed_ranks(self.rule, "ranks")
         self.scaling = scaling
+        self.residual = dict(residual or {})
         self.fraction = fraction
         self.clients = clients
         self.min_clients = min_clients
@@ -384,7 +387,8 @@ class AdapterStrategy(Strategy):
         return self._outcome
 
     def _initial_state(self, arrays: ArrayRecord) -> StrategyState:
-        return StrategyState(0, Adapter.from_tensors(from_arrays(arrays), self.scaling))
+        adapter = Adapter.from_tensors(from_arrays(arrays), self.scaling)
+        return StrategyState(0, replace(adapter, residual=self.residual))
 
     def adopt(self, state: StrategyState) -> None:
         """Go on from a state."""
@@ -400,10 +404,9 @@ class AdapterStrategy(Strategy):
     def _state_for(self, round: int, arrays: ArrayRecord) -> StrategyState:
         """Return the state that these arrays are of; Flower's own loop brings its own arrays."""
         if self._state is None or arrays is not self._arrays:
-            tensors: Tensors = from_arrays(arrays)
-            adapter = Adapter.from_tensors(tensors, self.scaling)
-            before = self._state or StrategyState(0, adapter)
-            adapter = replace(adapter, residual=before.adapter.residual)
+            brought = self._initial_state(arrays)
+            before = self._state or brought
+            adapter = replace(brought.adapter, residual=before.adapter.residual)
             self.adopt(replace(before, round=round - 1, adapter=adapter))
             self._arrays = arrays
         return self.state

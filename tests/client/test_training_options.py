@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,3 +138,29 @@ def test_a_smaller_rank_sees_itself_in_masks_and_penalties(
     trained = train(model, digits, start, Training(masks=masks, penalty=penalty)).tensors
     assert {shape[0] for shape in seen} == {3}
     assert all(trained[name].shape == tensor.shape for name, tensor in start.items())
+
+
+def test_lora_plus_lets_b_step_further_than_a(model: ResidentModel, digits: Task, tiny: Config):
+    """Plain SGD with the same gradients: B moves lr-ratio times as far, and A as ever."""
+    initial = model.initial_adapter(0)
+    start = initial.with_tensors({n: t + 0.05 for n, t in initial.tensors().items()})
+    moved = {}
+    for ratio in (1.0, 16.0):
+        settings = {"train.lr-ratio": ratio, "train.steps": 1, "train.optimizer": "sgd"}
+        settings |= {"train.lr": 1e-3, "train.grad-clip": 0.0, "train.schedule": "constant"}
+        config = tiny.with_overrides(settings)
+        work = Assignment(config.train, seed=0, round=1, rounds=1, client="0")
+        after = trainer.train(model, digits, digits.train(0), start, work).tensors
+        moved[ratio] = {name: after[name] - t for name, t in start.tensors().items()}
+    for name, step in moved[1.0].items():
+        times = 16.0 if name.endswith("lora_B.weight") else 1.0
+        torch.testing.assert_close(moved[16.0][name], times * step, rtol=1e-2, atol=1e-6)
+        assert step.any()
+
+
+def test_a_rule_with_a_ratio_of_its_own_is_not_multiplied(tiny: Config):
+    settings = tiny.with_overrides({"train.lr-ratio": 16.0}).train
+    assert settings.rates == {"B": 16.0} and tiny.train.rates == {}
+    plain = Assignment(settings, seed=0, round=1, rounds=1, client="0")
+    own = replace(plain, how=Training(rates={"B": 5.0}))
+    assert plain.rates == {"B": 16.0} and own.rates == {"B": 5.0}

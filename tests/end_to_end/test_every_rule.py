@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import crash_and_resume, logits_here_and_in_peft, run, weights
 
-from fedgraft.adapter import Adapter
 from fedgraft.config import Config
-from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
-from server.checkpoint import Checkpoints
-from server.run import FederatedRun
-from simulations.engine import run_engine
-from simulations.simulate import lineage, prepare
+from simulations.simulate import lineage
 from strategies.registry import rule_names
 
 ROUNDS = 4
@@ -26,10 +22,6 @@ OWN: dict[str, dict[str, Any]] = {
     "multi-krum": {"strategy.byzantine": 0, "federation.fraction": 1.0},
 }
 """What a rule needs beside the common settings, or shows itself best with."""
-
-
-class Crash(BaseException):
-    """What no code of ours catches."""
 
 
 def config_of(name: str, tiny: Config) -> Config:
@@ -44,24 +36,6 @@ def config_of(name: str, tiny: Config) -> Config:
         "checkpoint.keep": 2,
     }
     return tiny.with_overrides(common | OWN.get(name, {}))
-
-
-def run(config: Config, path: Path) -> RunDirectory:
-    directory = prepare(config, path) if not path.exists() else RunDirectory.open(path)
-    run_engine(directory.config(), directory, "in-process")
-    return directory
-
-
-def crash_at(monkeypatch: pytest.MonkeyPatch, round: int) -> None:
-    """End the process, as far as the run can tell, when a round is aggregated and not yet saved."""
-    on_round = FederatedRun.on_round
-
-    def dying(self: FederatedRun, outcome: Any) -> bool:
-        if outcome.state.round == round:
-            raise Crash
-        return on_round(self, outcome)
-
-    monkeypatch.setattr(FederatedRun, "on_round", dying)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +76,9 @@ def test_a_crash_between_aggregation_and_checkpoint_changes_no_bit(
 ) -> None:
     directory = whole[name]
     config = directory.config()
-    with pytest.MonkeyPatch.context() as patch:
-        crash_at(patch, round=3)
-        with pytest.raises(Crash):
-            run(config, tmp_path / "run")
-    resumed = run(config, tmp_path / "run")
+    resumed = crash_and_resume(config, tmp_path / "run", round=3)
     assert lineage(resumed.config()) == lineage(config)
-    assert _weights(resumed) == _weights(directory)
+    assert weights(resumed) == weights(directory)
     told = ("bytes_up", "bytes_down", "validation", "aggregation_bias", "sampled")
     for one, other in zip(resumed.rounds(), directory.rounds(), strict=True):
         assert {key: one[key] for key in told} == {key: other[key] for key in told}
@@ -117,29 +87,6 @@ def test_a_crash_between_aggregation_and_checkpoint_changes_no_bit(
 
 @every_rule
 def test_peft_loads_what_it_exports(name: str, whole: dict[str, RunDirectory]) -> None:
-    from peft import PeftModel
-
-    directory = whole[name]
-    config = directory.config()
-    task = resident_task(config)
-    checkpoint = Checkpoints(directory.checkpoints, 2).latest()
-    assert checkpoint is not None and checkpoint.best is not None
-    model = resident_model(task, config)
-    batch = task.validation().batch(torch.arange(64).numpy())
-    ours = _logits(model.model.eval(), batch, model.take, checkpoint.best)
-    model.take(model.initial_adapter(0))
-    clean = PeftModel.from_pretrained(task.load_base(), str(directory.adapter)).eval()
-    theirs = _logits(clean, batch)
+    ours, theirs = logits_here_and_in_peft(whole[name])
     # a residual's products are added up in another order
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def _logits(model: Any, batch: Any, take: Any = None, adapter: Adapter | None = None) -> Any:
-    if take is not None:
-        take(adapter)
-    with torch.inference_mode():
-        return model(pixel_values=batch["pixel_values"]).logits
-
-
-def _weights(directory: RunDirectory) -> bytes:
-    return (directory.adapter / "adapter_model.safetensors").read_bytes()

@@ -91,8 +91,6 @@ def test_numbers_are_numbers(wrong: object):
         ("evaluate.clients", "yes"),
         ("track.tensorboard", 0),
         ("task.name", 3),
-        ("adapter.targets", "q_proj"),
-        ("adapter.targets", 3),
         ("adapter.targets", ["q_proj", 3]),
         ("train.optimizer", "adam"),
         ("federation.partition", "Dirichlet"),
@@ -171,6 +169,40 @@ def test_a_config_is_frozen():
 
 
 # Values that follow from others
+
+
+def test_adapters_that_contradict_themselves_are_refused():
+    for settings, message in (
+        ({"adapter.init": "pissa", "adapter.from": "x"}, "names an adapter to start from"),
+        ({"adapter.init": "olora", "adapter.type": "dora"}, "the norm of adapter.type"),
+        ({"adapter.init": "pissa", "adapter.dropout": 0.1}, "adapter.dropout 0.1 would drop it"),
+        ({"adapter.init": "orthogonal", "adapter.rank": 3}, "even ranks, and one is 3"),
+        ({"adapter.init": "orthogonal", "adapter.rank-pattern": {"q": 5}}, "and one is 5"),
+        ({"adapter.targets": 3}, 'adapter.targets is 3, and may be "all-linear", a list of names'),
+        ({"adapter.rank-pattern": {"q": 0}}, "adapter.rank-pattern.q is 0: input should be"),
+        ({"adapter.type": "ia3"}, "'ia3': input should be 'lora', 'rslora' or 'dora'"),
+        ({"adapter.type": "vera"}, "'vera': input should be 'lora', 'rslora' or 'dora'"),
+        ({"adapter.init": "loftq"}, "'default', 'gaussian', 'orthogonal', 'pissa' or 'olora'"),
+        ({"adapter.init": "eva"}, "'default', 'gaussian', 'orthogonal', 'pissa' or 'olora'"),
+        ({"train.lr-ratio": 0.0}, "train.lr-ratio is 0.0"),
+    ):
+        assert message in complaint(settings)
+
+
+def test_names_with_dots_stay_whole(tmp_path: Path):
+    pattern = {"layers.0.q_proj": 4, "v_proj": 2}
+    config = Config().with_overrides({"adapter.rank-pattern": pattern})
+    own = {"adapter": {"rank-pattern": pattern}}
+    config = config.with_overrides({"compare": {"ffa-lora": own}})
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    for again in (
+        Config.load(tmp_path / "config.toml"),
+        Config.from_dict(flatten(config.to_dict())),
+        Config.load(settings=['adapter.rank-pattern={"layers.0.q_proj" = 4, v_proj = 2}']),
+    ):
+        assert again.adapter.rank_pattern == pattern and again.adapter.patterned
+    assert Config.load(tmp_path / "config.toml").compare == {"ffa-lora": own}
+    assert flatten(own) == {"adapter.rank-pattern": pattern}
 
 
 def test_scaling():

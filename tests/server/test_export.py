@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from tiny_models import save_bert, save_vit
 
-from fedgraft.adapter import Adapter
+from fedgraft.adapter import Adapter, LoraLayer
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DiskFullError, ModelError, RunError
 from fedgraft.files import write_tensors
@@ -99,6 +100,62 @@ def test_peft_loads_the_folder_on_a_clean_base_with_the_same_logits(
     metrics = model.evaluate(digits, adapter, digits.test())
     right = (theirs.argmax(-1) == digits.test().batch(np.arange(64))["labels"]).float().mean()
     assert 0 < float(right) < 1 and 0 < metrics["accuracy"] < 1
+
+
+PATTERNED = {
+    "adapter.type": "rslora",
+    "adapter.rank-pattern": {"q_proj": 4},
+    "adapter.alpha-pattern": {"k_proj": 4.0},
+}
+
+
+@pytest.mark.parametrize("residual", [(), ("layers.0.attention.q_proj", "layers.1.mlp.fc1")])
+def test_layers_of_their_own_ranks_load_in_peft(
+    residual: tuple[str, ...], tmp_path: Path, tiny: Config, digits: Task
+):
+    own = ResidentModel(digits, tiny.with_overrides(PATTERNED))
+    start = own.initial_adapter(0)
+    adapter = start.with_tensors({n: t + 0.03 for n, t in start.tensors().items()})
+    joined = {
+        name: LoraLayer(0.1 * torch.ones(3, layer.A.shape[1]), 0.1 * torch.ones(len(layer.B), 3))
+        for name, layer in adapter.layers.items()
+        if name.endswith(residual)
+    }
+    adapter = replace(adapter, residual=joined)
+    write_adapter(tmp_path, adapter, own, "card")
+    loaded = PeftModel.from_pretrained(digits.load_base(), str(tmp_path))
+    own.take(adapter)
+    torch.testing.assert_close(
+        logits(loaded, digits), logits(own.model, digits), rtol=1e-4, atol=1e-4
+    )
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    prefix = "^vit\\.layers\\."
+    if not residual:
+        assert settings["rank_pattern"] == {"q_proj": 4} and len(joined) == 0
+        again = read_adapter(tmp_path, own)
+        assert again.digest() == adapter.digest() and again.scalings == adapter.scalings
+        with pytest.raises(ConfigError, match="trained with rank_pattern") as caught:
+            read_adapter(tmp_path, ResidentModel(digits, tiny))
+        assert "adapter.rank-pattern" in caught.value.remedy
+        return
+    ranks = {settings["rank_pattern"][f"{prefix}{k}\\.attention\\.q_proj"] for k in (0, 1)}
+    assert len(joined) == 2 and ranks == {4 + 3, 4}
+    assert settings["rank_pattern"][f"{prefix}1\\.mlp\\.fc1"] == 8 + 3
+
+
+def test_dora_loads_in_peft_and_back(tmp_path: Path, tiny: Config, digits: Task):
+    own = ResidentModel(digits, tiny.with_overrides({"adapter.type": "dora"}))
+    start = own.initial_adapter(0)
+    adapter = start.with_tensors({n: t + 0.03 for n, t in start.tensors().items()})
+    write_adapter(tmp_path, adapter, own, "card")
+    loaded = PeftModel.from_pretrained(digits.load_base(), str(tmp_path))
+    theirs, ours = logits(loaded, digits), own_logits(own, adapter, digits)
+    assert float((theirs - ours).abs().max()) <= 1e-6
+    named = {n for n in get_peft_model_state_dict(loaded) if "magnitude" in n}
+    assert named == {n for n in adapter.extras if "magnitude" in n} and len(named) == 12
+    assert read_adapter(tmp_path, own).digest() == adapter.digest()
+    with pytest.raises(ConfigError, match="use_dora True; this run has False"):
+        read_adapter(tmp_path, ResidentModel(digits, tiny))
 
 
 def test_the_settings_are_pefts_own_and_in_a_stable_order(run: RunDirectory, tiny: Config):

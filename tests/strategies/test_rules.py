@@ -157,6 +157,21 @@ def test_a_residual_appears_where_it_is_declared(row: Row) -> None:
     assert bool(made.residual) == row.rule().capabilities.base_residual
 
 
+@rows
+def test_what_stood_beside_the_base_from_the_start_stays(row: Row) -> None:
+    """As it is, or as a part of the sum under a rule that adds to it; or the base would change."""
+    fed = federation(np.random.default_rng(0), d_out=5, d_in=4, r=2, weights=[1.0, 2.0])
+    first = LoraLayer(torch.ones(1, 4), 3.0 * torch.ones(5, 1))
+    begun = replace(fed, current=replace(fed.current, residual={LAYER: first}))
+    plain, made = fed.aggregate(row.rule()).adapter, begun.aggregate(row.rule()).adapter
+    expected = first.product()
+    if row.rule().capabilities.base_residual:
+        expected = expected + plain.residual[LAYER].product()
+    else:
+        assert made.residual[LAYER] is first
+    torch.testing.assert_close(made.residual[LAYER].product(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", rule_names())
 def test_server_optimisers_go_where_they_are_declared(name: str) -> None:
     rule = build_rule(name)
