@@ -14,6 +14,7 @@ import numpy as np
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.tasks import partition
+from fedgraft.tasks.records import SITE
 from fedgraft.tasks.splits import cut
 from fedgraft.tasks.task import Batch, Examples, Task
 
@@ -71,8 +72,11 @@ class RowsTask(Task):
 
     @property
     def domain_column(self) -> str | None:
-        """The column with each row's domain, by which rows are dealt by default; None for none."""
-        return None
+        """The column with each row's domain, by which rows are dealt by default; None for none.
+
+        Where the data lie in a folder for each site, or a file for each client, that is `SITE`.
+        """
+        return SITE if SITE in self.tables["train"].column_names else None
 
     def train(self, client: int | None = None) -> Examples:
         """Return one client's training examples, as `partition.deal` deals them; all for None."""
@@ -106,7 +110,7 @@ class RowsTask(Task):
         """The column of the training rows that tells clients apart, if one does."""
         column = {
             "domain": self.domain_column or self.config.federation.partition_column,
-            "natural": self.config.federation.partition_column,
+            "natural": self.config.federation.partition_column or self.domain_column,
             "dirichlet": self.label_column,
             "shards": self.label_column,
         }.get(partition.kind(self.config, self.domain_column))

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from torch import nn
 
 from fedgraft.tasks.base_models import load_tokenizer
 from fedgraft.tasks.classification import Classification
-from fedgraft.tasks.data_files import Columns, Rows
+from fedgraft.tasks.records import Columns, Report, Rows, refuse
 from fedgraft.tasks.rows import Encoded
-from fedgraft.tasks.sequences import Sequences, pad_id, token_limit
+from fedgraft.tasks.sequences import FlatRows, Sequences, pad_id, token_limit
 from fedgraft.tasks.splits import load_rows
 
 if TYPE_CHECKING:
@@ -43,10 +42,10 @@ class TextClassification(Classification):
 
         return AutoModelForSequenceClassification
 
-    def read(self) -> Mapping[str, datasets.Dataset]:
+    def read(self, report: Report = refuse) -> Mapping[str, datasets.Dataset]:
         """Read texts and labels; raises as `load_rows`, `Rows.table` do."""
         task, column = self.config.task, self.config.federation.partition_column
-        found = load_rows(self.config, headerless=(task.text_field, task.label_field))
+        found = load_rows(self.config, (task.text_field, task.label_field), report)
         dealt = () if column is None else (column,)
         return {
             name: rows.table(
@@ -54,7 +53,8 @@ class TextClassification(Classification):
                     text=(task.text_field,),
                     label=task.label_field,
                     other=() if name == "test" else dealt,
-                )
+                ),
+                report,
             )
             for name, rows in found.items()
             if name == "train" or not _hidden(rows, task.label_field)
@@ -73,7 +73,7 @@ class TextClassification(Classification):
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
-        rows = [np.array(row, dtype=np.int64) for row in tokens]
+        rows = FlatRows.of(tokens, len(self._tokenizer))
         return Encoded(table, Sequences(rows, self.targets(table, split), pad_id(self._tokenizer)))
 
     def load_base(self) -> nn.Module:
