@@ -24,7 +24,8 @@ from fedgraft.errors import DataError, ModelError
 from fedgraft.tasks import encoding, messages
 from fedgraft.tasks.base_models import load_config, load_model, load_tokenizer
 from fedgraft.tasks.chat import ChatWriter
-from fedgraft.tasks.packing import IGNORED, check_packs
+from fedgraft.tasks.packed_attention import packed_scores, way_of
+from fedgraft.tasks.packing import IGNORED
 from fedgraft.tasks.records import PLACE, Report, refuse
 from fedgraft.tasks.rows import Encoded, RowsTask
 from fedgraft.tasks.sequences import FlatRows, Sequences, pad_id, token_limit
@@ -75,7 +76,7 @@ class CausalLM(RowsTask):
 
         model = load_model(AutoModelForCausalLM, self.config)
         if self.config.train.packing:
-            check_packs(model)
+            way_of(model)  # refused here and not in the first step
         return model
 
     def read(self, report: Report = refuse) -> Mapping[str, datasets.Dataset]:
@@ -210,9 +211,14 @@ def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Only the labelled positions are kept, and before the conversion: with a large vocabulary the
     scores of a whole batch are the largest tensor of all.
     """
-    seen = "position_ids" if "position_ids" in batch else "attention_mask"  # packed or padded
-    output = model(input_ids=batch["input_ids"], **{seen: batch[seen]}, use_cache=False)
-    logits, targets = output.logits[:, :-1], batch["labels"][:, 1:]
+    if "position_ids" in batch:
+        scores, labels = packed_scores(model, batch)
+    else:
+        output = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        scores, labels = output.logits, batch["labels"]
+    logits, targets = scores[:, :-1], labels[:, 1:]
     counted = targets != IGNORED
     if counted.all():  # a selection takes longer, and its gradient a scatter
         return logits.flatten(0, 1).float(), targets.flatten()

@@ -17,7 +17,8 @@ from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.tasks.causal_lm import CausalLM
-from fedgraft.tasks.packing import IGNORED, best_fit, check_packs, packed
+from fedgraft.tasks.packed_attention import packed_scores, way_of
+from fedgraft.tasks.packing import IGNORED, best_fit, packed
 from fedgraft.tasks.text_classification import TextClassification
 
 
@@ -45,6 +46,7 @@ def test_a_packed_batch_by_hand() -> None:
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[21, 22, 23, 31], [11, 12, 7, 7]],
         "position_ids": [[0, 1, 2, 0], [0, 1, 0, 1]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
         "labels": [[IGNORED, IGNORED, 23, IGNORED], [IGNORED, 12, IGNORED, IGNORED]],
     }
 
@@ -57,7 +59,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def config(base: Path, data: Path, **train: Any) -> Config:
     return Config.from_dict(
         {
-            "task": {"name": "causal-lm", "data": str(data), "max-length": 24},
+            "task": {"name": "causal-lm", "data": str(data), "max-length": 48},
             "model": {"base": str(base), "device": "cpu"},
             "federation": {"clients": 2},
             "train": train,
@@ -91,8 +93,7 @@ def test_packing_equals_no_packing(tmp_path: Path, sums: Path, attention: str, l
             assert "lora" in name
     indices = np.array([3, 0, 17, 8, 21, 5, 9, 2])
     batches = [task.train().batch(indices) for task in (plain, packing)]
-    assert "attention_mask" not in batches[1]
-    assert batches[1]["input_ids"].numel() < batches[0]["input_ids"].numel()
+    assert len(batches[1]["input_ids"]) < len(batches[0]["input_ids"]) == 8
     counts = [task.count(b) for task, b in zip((plain, packing), batches, strict=True)]
     assert counts[0] == counts[1] > 0
 
@@ -111,19 +112,54 @@ def test_packing_equals_no_packing(tmp_path: Path, sums: Path, attention: str, l
     assert measured[0] == pytest.approx(measured[1], abs=1e-5)
 
 
-def test_packed_rows_have_the_logits_they_have_alone(tmp_path: Path, sums: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 1}, {"sliding_window": 3}])
+def test_packed_rows_have_the_logits_they_have_alone(
+    tmp_path: Path, settings: dict[str, int], checkpointing: bool
+) -> None:
+    """By the attention of each row alone: with fewer key heads, a sliding window, recomputation."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = MistralConfig(
+        **({"num_key_value_heads": 2, "sliding_window": None} | sizes | settings),
+        intermediate_size=24,
+        vocab_size=40,
+        initializer_range=0.5,
+    )
+    folder = save_model(tmp_path, AutoModelForCausalLM, base)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    rows = [np.arange(4, 4 + length) for length in (7, 4, 5, 9, 2)]
+    batch = packed(rows, rows, pad=0, capacity=12)
+    scores, labels = packed_scores(model, batch)
+    assert way_of(model) == "row by row" and model.training
+    assert scores.shape[:2] == labels.shape == (1, 27)
+    at, alone = 0, []
+    for pack in best_fit([len(row) for row in rows], 12):
+        for row in pack:
+            alone.append(model(input_ids=torch.tensor(rows[row])[None]).logits[0])
+            end = at + len(rows[row])
+            torch.testing.assert_close(scores[0, at:end], alone[-1], atol=1e-4, rtol=0)
+            at = end
+    found = []
+    for whole in (scores[0], torch.cat(alone)):
+        model.zero_grad()
+        whole.sin().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_packs_takes_padded_batches_as_before(tmp_path: Path, sums: Path) -> None:
     base = save_llama(tmp_path / "llama")
-    task = CausalLM(config(base, sums, packing=True))
-    model, examples = task.load_base(), task.train()
-    batch = examples.batch(np.arange(4))
-    ids, positions = batch["input_ids"], batch["position_ids"]
-    with torch.no_grad():
-        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        for pack in range(len(ids)):
-            starts = np.flatnonzero(positions[pack] == 0).tolist()
-            for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
-                alone = model(input_ids=ids[pack : pack + 1, start:stop]).logits[0]
-                torch.testing.assert_close(together[pack, start:stop], alone, atol=1e-4, rtol=0)
+    plain = CausalLM(config(base, sums))
+    model, batch = plain.load_base(), plain.train().batch(np.arange(6))
+    before = plain.loss(model, batch)
+    assert way_of(model) == "row by row"
+    torch.testing.assert_close(plain.loss(model, batch), before)
 
 
 def test_other_architectures_that_pack(tmp_path: Path) -> None:
@@ -140,7 +176,9 @@ def test_other_architectures_that_pack(tmp_path: Path) -> None:
     )
     for number, base in enumerate((gpt2, qwen)):
         folder = save_model(tmp_path / str(number), AutoModelForCausalLM, base)
-        check_packs(AutoModelForCausalLM.from_pretrained(folder).eval())
+        for attention, way in (("sdpa", "row by row"), ("eager", "masked")):
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+            assert way_of(model.eval()) == way
 
 
 def test_architectures_that_cannot_pack(tmp_path: Path, sums: Path) -> None:
@@ -169,7 +207,7 @@ def test_a_base_whose_packed_rows_see_each_other_is_refused() -> None:
             return type("Output", (), {"logits": scores})
 
     with pytest.raises(ConfigError, match="packed rows see each other in a base of type Leaky"):
-        check_packs(Leaky())
+        way_of(Leaky())
 
 
 def test_packing_is_for_causal_lm() -> None:
