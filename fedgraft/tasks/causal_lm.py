@@ -84,11 +84,7 @@ class CausalLM(RowsTask):
         found = load_rows(self.config, report=report)
         self._choose(found["train"].columns)
         named = self.config.federation.partition_column
-        wanted = (
-            ChatWriter(self._chat_column, None).columns()
-            if self._chat_column is not None
-            else self.writer.columns()
-        )
+        wanted = self.plain_writer().columns()
         return {
             name: rows.table(
                 replace(wanted, other=() if named is None or name == "test" else (named,)), report
@@ -109,6 +105,12 @@ class CausalLM(RowsTask):
         """What makes a row a text; known once the data have been read."""
         if self._chat_column is not None:
             return ChatWriter(self._chat_column, self._tokenizer)
+        return self.plain_writer()
+
+    def plain_writer(self) -> Writer:
+        """Return what makes a row a text where no base is at hand; see `writer`."""
+        if self._chat_column is not None:
+            return ChatWriter(self._chat_column, None)
         assert self._template is not None  # the table was read
         return self._template
 
@@ -125,21 +127,24 @@ class CausalLM(RowsTask):
         if not len(rows):
             raise DataError(
                 f"none of the {len(table)} {split} rows has a token for the loss within "
-                f"{self._limit} tokens",
+                f"{self.limit} tokens",
                 "Raise task.max-length, shorten the prompts, or set train.loss to all.",
             )
-        if told := fit.told(self._limit):
+        if told := fit.told(self.limit):
             log.warning("%s: %s", split, told)
         same = np.array_equal(rows, np.arange(len(table)))
+        return Encoded(table if same else table.select(rows), self.examples(arrays))
+
+    def examples(self, arrays: Arrays) -> Sequences:
+        """Return what `tokens` made as examples."""
         tokens = FlatRows(arrays["tokens"], arrays["offsets"])
         counted = None if self.config.train.loss == "all" else arrays["response"]
-        examples = Sequences(
+        return Sequences(
             tokens,
             replace(tokens, counted=counted),
             pad_id(self._tokenizer),
-            self._limit if self.config.train.packing else None,
+            self.limit if self.config.train.packing else None,
         )
-        return Encoded(table if same else table.select(rows), examples)
 
     def tokens(self, table: datasets.Dataset, report: Report = refuse) -> Arrays:
         """Return what `encoding.encode` makes of a table, from disk where it is kept there."""
@@ -149,14 +154,14 @@ class CausalLM(RowsTask):
         size = sum(table.data.column(name).nbytes for name in columns)
 
         def identity() -> Iterator[str]:
-            yield from (encoding.VERSION, self.writer.source, str(self._limit), loss)
+            yield from (encoding.VERSION, self.writer.source, str(self.limit), loss)
             yield from _identity(self._tokenizer)
             for name in columns:
                 yield from (name, str(len(table)))
                 yield from table[name]
 
         def build() -> Arrays:
-            return encoding.encode(table, self.writer, self._tokenizer, self._limit, loss, report)
+            return encoding.encode(table, self.writer, self._tokenizer, self.limit, loss, report)
 
         return kept(size, identity, build)
 
@@ -198,7 +203,8 @@ class CausalLM(RowsTask):
         return tokenizer
 
     @cached_property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """Tokens that an example may have."""
         return token_limit(self.config, load_config(self.config), self._tokenizer)
 
 

@@ -56,6 +56,7 @@ class RowsTask(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._encoded: dict[str, Encoded] = {}
+        self.given: Mapping[str, datasets.Dataset] | None = None  # instead of what `read` returns
 
     @abstractmethod
     def read(self) -> Mapping[str, datasets.Dataset]:
@@ -107,14 +108,19 @@ class RowsTask(Task):
 
     @cached_property
     def _told_by(self) -> partition.Values | None:
-        """The column of the training rows that tells clients apart, if one does."""
-        column = {
+        """What tells the training rows of one client from another's, if anything does."""
+        column = self.dealt_by
+        return None if column is None else np.asarray(self.split("train").table[column][:])
+
+    @property
+    def dealt_by(self) -> str | None:
+        """The column by which rows are dealt to clients; None where by chance alone."""
+        return {
             "domain": self.domain_column or self.config.federation.partition_column,
             "natural": self.config.federation.partition_column or self.domain_column,
             "dirichlet": self.label_column,
             "shards": self.label_column,
         }.get(partition.kind(self.config, self.domain_column))
-        return None if column is None else np.asarray(self.split("train").table[column][:])
 
     def split(self, name: str) -> Encoded:
         """Return one of "train", "validation" and "test", encoded."""
@@ -125,7 +131,7 @@ class RowsTask(Task):
     @cached_property
     def tables(self) -> dict[str, datasets.Dataset]:
         """The three splits before encoding, those that were not given cut from the first."""
-        given = self.read()
+        given = self.read() if self.given is None else self.given
         evaluate, samples = self.config.evaluate, self.config.task.samples
         sizes = {name: len(table) for name, table in given.items()}
         parts = cut(sizes, evaluate.fraction, samples, evaluate.samples)

@@ -69,7 +69,7 @@ class TextClassification(Classification):
         tokens = self._tokenizer(
             list(table[self.config.task.text_field]),
             truncation=True,
-            max_length=self._limit,
+            max_length=self.limit,
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
@@ -93,7 +93,8 @@ class TextClassification(Classification):
         return load_tokenizer(self.config)
 
     @cached_property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """Tokens of a text that are kept."""
         return token_limit(self.config, self.base_config, self._tokenizer)
 
 

@@ -109,7 +109,7 @@ def test_packing_equals_no_packing(tmp_path: Path, sums: Path, attention: str, l
         for one, other in zip(gradients, found[0][1], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * largest)
     measured = [model.evaluate(t, model.adapter(), t.validation()) for t in (plain, packing)]
-    assert measured[0] == pytest.approx(measured[1], abs=1e-5)
+    assert measured[0] == pytest.approx(measured[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
