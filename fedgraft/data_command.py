@@ -54,6 +54,8 @@ def data(
     from fedgraft.config import Config, parse_settings, read_toml
     from fedgraft.errors import ConfigError
     from fedgraft.logs import hushed
+    from fedgraft.tasks.data_files import READERS
+    from fedgraft.tasks.folders import DOCUMENTS
     from fedgraft.tasks.hub import local_path
 
     chosen = parse_settings(settings) | {"task.data": source}
@@ -62,7 +64,8 @@ def data(
     config = Config.load(config_file).with_overrides(chosen)
     told = read_toml(config_file) if config_file is not None else {}
     task = told.get("task", {})
-    path = local_path(source)
+    file = Path(source).suffix.lower() in (*READERS, *DOCUMENTS)
+    path = Path(source).expanduser() if file else local_path(source)
     if path is not None and not path.exists():
         raise ConfigError(
             f"{source} is no file or folder, and no Hub dataset's id", "Check the path."
@@ -90,7 +93,8 @@ def _show(found: Findings, limit: int, console: Console) -> None:
     if found.columns:
         console.print(f"Columns read: {', '.join(found.columns)}", markup=False)
     if found.template is not None:
-        console.print(f"Template: {found.template!r}", markup=False)
+        template = found.template.replace("\n", "\\n")
+        console.print(f"Template: {template}", markup=False)
     if found.rows:
         table = Table(box=None, pad_edge=False)
         for name in ("split", "rows", *(f"{name}" for name in COLUMN_NAMES)):

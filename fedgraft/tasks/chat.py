@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 DEFAULT = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ message['role'].capitalize() }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """For a tokenizer without a template: `User: ...` and `Assistant: ...` with its end-of-text token.
@@ -46,6 +46,10 @@ class ChatWriter:
         column: a table's column with the JSON of `messages.read_messages`.
         tokenizer: brings the template and names the special tokens; None writes by `DEFAULT`
             without special tokens.
+
+    Attributes:
+        own: whether the template is the tokenizer's own.
+        based: whether there is a tokenizer.
     """
 
     whole = True
@@ -55,7 +59,7 @@ class ChatWriter:
         self.column = column
         self._tokenizer = tokenizer
         own = tokenizer is not None and tokenizer.chat_template is not None
-        self.own = own
+        self.own, self.based = own, tokenizer is not None
         self.source: str = tokenizer.get_chat_template() if tokenizer and own else DEFAULT
         self._marked = bool(_MARKED.search(self.source))
         if tokenizer is not None and not own:
@@ -114,7 +118,9 @@ class ChatWriter:
         before = before if after.startswith(before) else before.rstrip()
         if not before or not text.startswith(after) or not after.startswith(before):
             return None
-        return (len(before), len(after)) if len(after) > len(before) else None
+        words = messages[number]["content"].strip()
+        grown = len(after) > len(before) and words in after[len(before) :]
+        return (len(before), len(after)) if grown else None
 
     def _exchanged(
         self, text: str, messages: Sequence[Message], number: int

@@ -188,9 +188,12 @@ def _write_out(task: CausalLM | TextClassification, findings: Findings) -> None:
 
 
 def _template(writer: Writer) -> str:
-    if isinstance(writer, ChatWriter) and not writer.own:
-        return "chat: User: ... / Assistant: ... (the base's own template, where it has one)"
-    return "chat: the tokenizer's own template" if isinstance(writer, ChatWriter) else writer.source
+    if not isinstance(writer, ChatWriter):
+        return writer.source
+    if writer.own:
+        return "chat, by the tokenizer's own template"
+    why = "the tokenizer has no template" if writer.based else "a base may bring its own template"
+    return f"chat, 'User: ...' and 'Assistant: ...' ({why})"
 
 
 def _segments(text: str, responses: Sequence[tuple[int, int]]) -> list[Segment]:
