@@ -53,7 +53,8 @@ def read_folder(
         rows["train"] = _joined(folder, [read_rows(f, headerless, report) for f in sites], sites)
     else:
         _check_suffixes([found["train"], *found.values()])
-    return rows | {name: read_rows(file, headerless, report) for name, file in found.items()}
+    rows |= {name: read_rows(file, headerless, report) for name, file in found.items()}
+    return {name: rows[name] for name in NAMES if name in rows}
 
 
 def _splits(files: Sequence[Path]) -> dict[str, Path]:

@@ -24,7 +24,7 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-GOOD = ['{"question": "how many %d", "answer": "two"}' % k for k in range(20)]
+GOOD = [json.dumps({"question": f"how many {k}", "answer": "two"}) for k in range(20)]
 
 
 def test_all_broken_lines_are_named(tmp_path: Path) -> None:
