@@ -147,7 +147,10 @@ class CausalLM(RowsTask):
         )
 
     def tokens(self, table: datasets.Dataset, report: Report = refuse) -> Arrays:
-        """Return what `encoding.encode` makes of a table, from disk where it is kept there."""
+        """Return what `encoding.encode` makes of a table, from disk where it is kept there.
+
+        Where broken rows are reported and left out, nothing is kept: a run must not miss them.
+        """
         columns = [name for name in self.writer.columns().required() if name != PLACE]
         columns = [*self.writer.columns().blank, *columns]
         loss = self.config.train.loss
@@ -163,7 +166,7 @@ class CausalLM(RowsTask):
         def build() -> Arrays:
             return encoding.encode(table, self.writer, self._tokenizer, self.limit, loss, report)
 
-        return kept(size, identity, build)
+        return kept(size, identity, build) if report is refuse else build()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy (nats) summed over the tokens that `count` counts."""

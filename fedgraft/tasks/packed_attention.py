@@ -60,15 +60,15 @@ def way_of(model: nn.Module) -> Way:
     Raises:
         ConfigError: its forward takes no positions, or packed rows see each other.
     """
-    if model not in _ways:
+    way = _ways.get(model)
+    if way is None or (way == "row by row" and _implementation(model) != NAME):
         with _at_rest(model):
-            _ways[model] = _choose(model)
-    return _ways[model]
+            way = _ways[model] = _choose(model)
+    return way
 
 
 def _choose(model: nn.Module) -> Way:
-    settings: Any = getattr(model, "config", None)
-    kind = getattr(settings, "model_type", type(model).__name__)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     remedy = "Set train.packing to false for this base."
     peft: Any = model
     inner = peft.get_base_model() if hasattr(model, "get_base_model") else peft
@@ -76,8 +76,7 @@ def _choose(model: nn.Module) -> Way:
         raise ConfigError(
             f"train.packing needs a base that takes positions, and {kind} does not", remedy
         )
-    before = getattr(settings, "_attn_implementation", None)
-    if before in ("sdpa", NAME):
+    if _implementation(model) in ("sdpa", NAME):
         _register()
         inner.set_attn_implementation(NAME)
         if _apart(model, "row by row") is None:
@@ -90,6 +89,12 @@ def _choose(model: nn.Module) -> Way:
             remedy,
         )
     return "masked"
+
+
+def _implementation(model: nn.Module) -> str | None:
+    """Return which of transformers' attentions a model uses; somebody may have chosen another."""
+    found: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return found
 
 
 def _apart(model: nn.Module, way: Way) -> float | None:

@@ -160,6 +160,8 @@ def test_a_model_that_packs_takes_padded_batches_as_before(tmp_path: Path, sums:
     before = plain.loss(model, batch)
     assert way_of(model) == "row by row"
     torch.testing.assert_close(plain.loss(model, batch), before)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    assert way_of(model) == "masked"
 
 
 def test_other_architectures_that_pack(tmp_path: Path) -> None:
