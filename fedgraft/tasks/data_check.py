@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +17,14 @@ import numpy as np
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError
 from fedgraft.registry import load_plugin
-from fedgraft.tasks import messages, partition
+from fedgraft.tasks import partition
 from fedgraft.tasks.causal_lm import CausalLM
 from fedgraft.tasks.chat import ChatWriter
 from fedgraft.tasks.encoding import Fit
-from fedgraft.tasks.records import SITE, Rows
+from fedgraft.tasks.guess import guess
+from fedgraft.tasks.records import SITE
 from fedgraft.tasks.rows import RowsTask
-from fedgraft.tasks.splits import load_rows
-from fedgraft.tasks.templates import TEMPLATES, Template, Writer
+from fedgraft.tasks.templates import Writer
 from fedgraft.tasks.text_classification import TextClassification
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def check(config: Config, *, task_set: bool, clients: bool) -> Findings:
     """
     findings = Findings(str(config.task.data), guessed=not task_set)
     try:
-        name = config.task.name if task_set else _guess(config)
+        name = config.task.name if task_set else guess(config)
     except DataError as error:
         findings.note_problem(error)
         return findings
@@ -280,25 +279,3 @@ def _summary(sizes: Sequence[int]) -> dict[str, float]:
         "p95": float(np.percentile(sizes, 95)),
         "max": max(sizes),
     }
-
-
-def _guess(config: Config) -> str:
-    """Tell the task by the columns: text and label are classified, all else is continued."""
-    headed = _columns(config, ())
-    names = set(headed.columns)
-    known = any(set(Template.parse(source).fields) <= names for source in TEMPLATES)
-    if config.task.template is not None or known or names & set(messages.COLUMNS):
-        return "causal-lm"
-    task = config.task
-    if {task.text_field, task.label_field} <= names:
-        return "text-classification"
-    pair = Path(str(task.data)).suffix.lower() in (".csv", ".tsv") or headed.source.endswith(
-        (".csv", ".tsv")
-    )
-    if pair and len(headed.columns) == 2 and task.text_field not in names:
-        return "text-classification"  # text and label without a header
-    return "causal-lm"
-
-
-def _columns(config: Config, headerless: Sequence[str]) -> Rows:
-    return load_rows(config, headerless, lambda error: None)["train"]
