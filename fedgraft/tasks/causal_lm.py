@@ -28,7 +28,13 @@ from fedgraft.tasks.packed_attention import packed_scores, way_of
 from fedgraft.tasks.packing import IGNORED
 from fedgraft.tasks.records import PLACE, Report, refuse
 from fedgraft.tasks.rows import Encoded, RowsTask
-from fedgraft.tasks.sequences import FlatRows, Sequences, pad_id, token_limit
+from fedgraft.tasks.sequences import (
+    FlatRows,
+    Sequences,
+    pad_id,
+    token_limit,
+    tokenizer_identity,
+)
 from fedgraft.tasks.splits import load_rows
 from fedgraft.tasks.task import Batch
 from fedgraft.tasks.templates import Template, Writer, default_template
@@ -158,7 +164,7 @@ class CausalLM(RowsTask):
 
         def identity() -> Iterator[str]:
             yield from (encoding.VERSION, self.writer.source, str(self.limit), loss)
-            yield from _identity(self._tokenizer)
+            yield from tokenizer_identity(self._tokenizer)
             for name in columns:
                 yield from (name, str(len(table)))
                 yield from table[name]
@@ -232,13 +238,3 @@ def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if counted.all():  # a selection takes longer, and its gradient a scatter
         return logits.flatten(0, 1).float(), targets.flatten()
     return logits[counted].float(), targets[counted]
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield what a tokenizer's work depends on."""
-    import tokenizers
-
-    fast: Any = tokenizer
-    yield tokenizers.__version__
-    yield fast.backend_tokenizer.to_str()
-    yield repr(sorted(tokenizer.special_tokens_map.items(), key=str))

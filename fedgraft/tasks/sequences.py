@@ -128,6 +128,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield what a fast tokenizer's work depends on."""
+    import tokenizers
+
+    fast: Any = tokenizer
+    fast.backend_tokenizer.no_truncation()  # left from the last call, and set anew by the next
+    fast.backend_tokenizer.no_padding()
+    yield tokenizers.__version__
+    yield fast.backend_tokenizer.to_str()
+    yield repr(sorted(tokenizer.special_tokens_map.items(), key=str))
+
+
 def _hidden_padding(tokens: Sequence[Tokens], pad: int) -> Batch:
     return {
         "input_ids": _padded(tokens, pad),

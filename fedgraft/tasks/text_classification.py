@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +12,15 @@ from fedgraft.tasks.base_models import load_tokenizer
 from fedgraft.tasks.classification import Classification
 from fedgraft.tasks.records import Columns, Report, Rows, refuse
 from fedgraft.tasks.rows import Encoded
-from fedgraft.tasks.sequences import FlatRows, Sequences, pad_id, token_limit
+from fedgraft.tasks.sequences import (
+    FlatRows,
+    Sequences,
+    pad_id,
+    token_limit,
+    tokenizer_identity,
+)
 from fedgraft.tasks.splits import load_rows
+from fedgraft.tasks.token_store import Arrays, kept
 
 if TYPE_CHECKING:
     import datasets
@@ -61,19 +68,33 @@ class TextClassification(Classification):
         }
 
     def encode(self, table: datasets.Dataset, split: str) -> Encoded:
-        """Tokenise every text once.
+        """Tokenise every text once, on this machine if the tokens are kept.
 
         Raises:
             DataError: a label that no training row has.
         """
-        tokens = self._tokenizer(
-            list(table[self.config.task.text_field]),
-            truncation=True,
-            max_length=self.limit,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        rows = FlatRows.of(tokens, len(self._tokenizer))
+        texts = table[self.config.task.text_field]
+
+        def identity() -> Iterator[str]:
+            yield from ("text-classification 1", str(self.limit))
+            yield from tokenizer_identity(self._tokenizer)
+            yield from texts
+
+        def build() -> Arrays:
+            tokens = self._tokenizer(
+                list(texts),
+                truncation=True,
+                max_length=self.limit,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+            rows = FlatRows.of(tokens, len(self._tokenizer))
+            return {"tokens": rows.values, "offsets": rows.offsets}
+
+        slow = not self._tokenizer.is_fast  # has no one text that tells it from others
+        size = 0 if slow else table.data.column(self.config.task.text_field).nbytes
+        arrays = kept(size, identity, build)
+        rows = FlatRows(arrays["tokens"], arrays["offsets"])
         return Encoded(table, Sequences(rows, self.targets(table, split), pad_id(self._tokenizer)))
 
     def load_base(self) -> nn.Module:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import save_llama
+from tiny_models import save_bert, save_llama
 
 from fedgraft.config import Config
 from fedgraft.tasks import encoding, token_store
 from fedgraft.tasks.causal_lm import CausalLM
 from fedgraft.tasks.sequences import FlatRows, Sequences
+from fedgraft.tasks.text_classification import TextClassification
 from fedgraft.tasks.token_store import Arrays, cache_folder, kept, key_of
 
 
@@ -168,3 +169,20 @@ def test_a_task_tokenises_once_and_anew_for_other_settings(
     data.write_text("\n".join(map(json.dumps, [*rows[1:], {"question": "a", "answer": "b"}])))
     train()
     assert len(calls) == 6
+
+
+def test_texts_to_classify_are_kept_too(cache: Path, tmp_path: Path) -> None:
+    base = save_bert(tmp_path / "bert")
+    data = tmp_path / "d.csv"
+    data.write_text("text,label\n" + "good film,1\nvery dull film,0\n" * 10)
+    tree = {"task.name": "text-classification", "task.data": str(data), "model.base": str(base)}
+    for first in ("train", "validation", "train"):
+        task = TextClassification(Config.from_dict(tree))
+        task.split(first)
+        examples = task.train()
+        assert isinstance(examples, Sequences) and isinstance(examples.tokens, FlatRows)
+        assert isinstance(examples.tokens.values, np.memmap)
+        assert sorted({len(row) for row in examples.tokens}) == [3, 4]
+        batch = examples.batch(np.arange(len(examples)))
+        assert batch["attention_mask"].sum(1).tolist() == [4 - n for n in batch["labels"].tolist()]
+    assert len(list(cache.iterdir())) == 2  # a split each, whichever comes first
