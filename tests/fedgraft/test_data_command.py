@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_bert, save_llama, shared
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from command_line import Done, call
+from tiny_models import save_bert, save_llama, shared
 
 
 def findings(*arguments: object) -> dict[str, Any]:
