@@ -34,6 +34,7 @@ format: .venv/installed  ## Put the code in shape.
 benchmarks: .venv/installed  ## Measure against the rivals (results belong in BENCHMARKS.md).
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/packing.py
 
 clean:  ## Remove what make created, runs excepted.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist

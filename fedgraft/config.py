@@ -192,6 +192,7 @@ class TrainConfig(Group):
     proximal_mu: Annotated[float, Field(ge=0.0)] = 0.0  # FedProx's mu; 0 switches it off
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # global norm; 0 switches it off
     loss: Literal["response", "all"] = "response"  # causal-lm: which tokens count
+    packing: bool = False  # causal-lm: rows laid end to end in sequences of task.max-length
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers run side by side
+os.environ.setdefault("FEDGRAFT_TOKEN_CACHE", "off")  # nothing of a test stays in the home folder
 
 import shutil
 import subprocess

@@ -1,18 +1,17 @@
-"""The causal-lm task: next-token prediction on rows written out by a template.
+"""The causal-lm task: next-token prediction on rows written out as text.
 
-`task.template` says how a row becomes text, "Question: {question}\\nAnswer: {answer}" say; its
-last placeholder is the response. Without one, the columns found decide (`TEMPLATES`). The loss
-counts the response and the end-of-text token after it (`train.loss = "response"`) or every token
-("all"); a loss is a mean over tokens, in nats.
+Rows are conversations, written by the tokenizer's chat template (`fedgraft.tasks.chat`), or filled
+into `task.template` (`fedgraft.tasks.templates`). The loss counts the response and the end-of-text
+token after it (`train.loss = "response"`) or every token ("all"); a loss is a mean over tokens, in
+nats.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,14 +20,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, DataError, ModelError
+from fedgraft.errors import DataError, ModelError
+from fedgraft.tasks import encoding, messages
 from fedgraft.tasks.base_models import load_config, load_model, load_tokenizer, structure_of
-from fedgraft.tasks.data_files import Columns
+from fedgraft.tasks.chat import ChatWriter
+from fedgraft.tasks.packed_attention import packed_scores, way_of
+from fedgraft.tasks.packing import IGNORED
 from fedgraft.tasks.questions import Question, Writing, from_rows
+from fedgraft.tasks.records import PLACE, Report, refuse
 from fedgraft.tasks.rows import Encoded, RowsTask
-from fedgraft.tasks.sequences import IGNORED, Sequences, Tokens, blank_batch, pad_id, token_limit
+from fedgraft.tasks.sequences import (
+    FlatRows,
+    Sequences,
+    blank_batch,
+    pad_id,
+    token_limit,
+    tokenizer_identity,
+)
 from fedgraft.tasks.splits import load_rows
 from fedgraft.tasks.task import Batch, Direction
+from fedgraft.tasks.templates import Template, Writer, default_template
+from fedgraft.tasks.token_store import Arrays, kept
 
 if TYPE_CHECKING:
     import datasets
@@ -36,91 +48,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
-ALPACA_WITH_INPUT = (
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
-)
-TEMPLATES = (
-    ALPACA_WITH_INPUT,
-    ALPACA,
-    "{prompt}{completion}",
-    "Question: {question}\nAnswer: {answer}",
-)
-"""The default templates: the first whose columns are all there; after them `task.text-field` alone.
-
-Alpaca's (Taori et al. 2023) without its preamble, a prompt continued by its completion as it
-stands, and question and answer. A row with a blank `input` is written without that heading.
-"""
-
-
-@dataclass(frozen=True)
-class Template:
-    """A text with placeholders, and how a row fills it.
-
-    Attributes:
-        source: the text, with the placeholders in braces; double braces are braces.
-        fields: the columns it names, in order; the last is the response.
-    """
-
-    source: str
-    fields: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, source: str) -> Template:
-        """Read a template.
-
-        Raises:
-            ConfigError: unbalanced braces, no placeholder, or one that is no plain column name.
-        """
-        try:
-            parts = list(string.Formatter().parse(source))
-        except ValueError as error:
-            raise ConfigError(
-                f"task.template {source!r} cannot be read: {error}",
-                "Write placeholders as {column}; write {{ and }} for braces in the text.",
-            ) from None
-        fields = [name for _, name, _, _ in parts if name is not None]
-        plain = all(not spec and not conversion for _, _, spec, conversion in parts)
-        if not fields or not all(fields) or not plain:
-            raise ConfigError(
-                f"task.template {source!r} has no plain placeholders",
-                "Name columns in braces, like 'Question: {question}\\nAnswer: {answer}'.",
-            )
-        return cls(source, tuple(name for name in fields if name is not None))
-
-    def fill(self, row: Mapping[str, str]) -> tuple[str, int, int]:
-        """Return the text, and where the response starts and ends in it (characters)."""
-        text, number, start, end = "", 0, 0, 0
-        for literal, name, _, _ in string.Formatter().parse(self.source):
-            text += literal
-            if name is not None:
-                number += 1
-                start, text = len(text), text + row[name]
-                end = len(text)
-        return text, start, end
-
-
-def default_template(columns: list[str], text_field: str) -> Template:
-    """Choose a template by the columns found.
-
-    Raises:
-        DataError: no default fits them.
-    """
-    for source in (*TEMPLATES, f"{{{text_field}}}"):
-        template = Template.parse(source)
-        if set(template.fields) <= set(columns):
-            return template
-    raise DataError(
-        f"no default template fits the columns {', '.join(columns)}",
-        "Set task.template, like 'Question: {question}\\nAnswer: {answer}'.",
-    )
-
 
 class CausalLM(RowsTask):
-    """Rows of `task.data` written out by `task.template`; see the module.
+    """Rows of `task.data` written out as text; see the module.
 
-    Rows longer than `task.max-length` tokens lose their end. Where that leaves no token for the
-    loss, the row is left out, and the log says how many were.
+    What is longer than `task.max-length` tokens is made to fit as `fedgraft.tasks.encoding` says,
+    and the log says how often. A row without a token for the loss is left out.
+
+    Attributes:
+        fits: what became of the rows of each split that has been encoded.
     """
 
     name: ClassVar[str] = "causal-lm"
@@ -128,11 +64,14 @@ class CausalLM(RowsTask):
     direction: Direction = "min"
     evaluation_batch = 16  # the logits of a large vocabulary are what fills the memory
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+    packs: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         chosen = config.task.template
         self._template = Template.parse(chosen) if chosen is not None else None
+        self._chat_column: str | None = None
+        self.fits: dict[str, encoding.Fit] = {}
 
     @property
     def label_column(self) -> str | None:
@@ -140,10 +79,13 @@ class CausalLM(RowsTask):
         return self.config.federation.partition_column
 
     def load_base(self) -> nn.Module:
-        """Load the base; raises as `load_model` does."""
+        """Load the base; raises as `load_model` does, and where rows cannot be packed for it."""
         from transformers import AutoModelForCausalLM
 
-        return load_model(AutoModelForCausalLM, self.config)
+        model = load_model(AutoModelForCausalLM, self.config)
+        if self.config.train.packing:
+            way_of(model)  # refused here and not in the first step
+        return model
 
     def structure(self) -> nn.Module:
         """Return the base's modules without weights; raises as `structure_of` does."""
@@ -153,77 +95,96 @@ class CausalLM(RowsTask):
 
     def largest_batch(self, size: int) -> Batch:
         """Return rows of as many tokens as are kept of any."""
-        return blank_batch((size, self._limit), (size, self._limit))
+        return blank_batch((size, self.limit), (size, self.limit))
 
-    def read(self) -> Mapping[str, datasets.Dataset]:
-        """Read the template's columns; raises as `load_rows`, `Rows.table` do."""
-        found = load_rows(self.config)
-        if self._template is None:
-            columns = found["train"].columns
-            self._template = default_template(columns, self.config.task.text_field)
-        *prompt, response = self._template.fields
+    def read(self, report: Report = refuse) -> Mapping[str, datasets.Dataset]:
+        """Read the columns that are written out; raises as `load_rows`, `Rows.table` do."""
+        found = load_rows(self.config, report=report)
+        self._choose(found["train"].columns)
         named = self.config.federation.partition_column
+        wanted = self.plain_writer().columns()
         return {
             name: rows.table(
-                Columns(
-                    text=(response,),
-                    blank=tuple(prompt),
-                    other=() if named is None or name == "test" else (named,),
-                )
+                replace(wanted, other=() if named is None or name == "test" else (named,)), report
             )
             for name, rows in found.items()
         }
 
+    def _choose(self, columns: list[str]) -> None:
+        """Decide how rows are written: `task.template`, a chat, or a default template."""
+        if self._template is not None:
+            return
+        self._chat_column = next((name for name in messages.COLUMNS if name in columns), None)
+        if self._chat_column is None:
+            self._template = default_template(columns, self.config.task.text_field)
+
+    @cached_property
+    def writer(self) -> Writer:
+        """What makes a row a text; known once the data have been read."""
+        if self._chat_column is not None:
+            return ChatWriter(self._chat_column, self._tokenizer)
+        return self.plain_writer()
+
+    def plain_writer(self) -> Writer:
+        """Return what makes a row a text where no base is at hand; see `writer`."""
+        if self._chat_column is not None:
+            return ChatWriter(self._chat_column, None)
+        assert self._template is not None  # the table was read
+        return self._template
+
     def encode(self, table: datasets.Dataset, split: str) -> Encoded:
-        """Tokenise every row once.
+        """Tokenise every row once, on this machine if the tokens are kept.
 
         Raises:
             DataError: no row leaves a token for the loss.
             ModelError: a tokenizer that cannot say which characters a token stands for.
         """
-        tokenizer = self._tokenizer
-        limit = self._limit
-        written = [self._write(row) for row in table]
-        coded = tokenizer([text for text, _, _ in written], return_offsets_mapping=True)
-        tokens: list[Tokens] = []
-        labels: list[Tokens] = []
-        kept: list[int] = []
-        cut = 0
-        for number, (_, start, end) in enumerate(written):
-            ids, spans = coded["input_ids"][number], coded["offset_mapping"][number]
-            row = np.array(ids, dtype=np.int64)
-            answers = np.array([first < end and last > start for first, last in spans], dtype=bool)
-            if tokenizer.eos_token_id is not None:
-                if len(row) and row[-1] == tokenizer.eos_token_id:
-                    row, answers = row[:-1], answers[:-1]
-                row = np.append(row, tokenizer.eos_token_id)
-                answers = np.append(answers, True)
-            cut += len(row) > limit
-            row, answers = row[:limit], answers[:limit]
-            target = row if self.config.train.loss == "all" else np.where(answers, row, IGNORED)
-            if (target[1:] != IGNORED).any():
-                tokens.append(row)
-                labels.append(target)
-                kept.append(number)
-        if not kept:
+        arrays = self.tokens(table)
+        fit = self.fits[split] = encoding.Fit.of(arrays)
+        rows = arrays["row"]
+        if not len(rows):
             raise DataError(
                 f"none of the {len(table)} {split} rows has a token for the loss within "
-                f"{limit} tokens",
+                f"{self.limit} tokens",
                 "Raise task.max-length, shorten the prompts, or set train.loss to all.",
             )
-        left_out = len(table) - len(kept)
-        if cut or left_out:
-            log.warning(
-                "%s: %d of %d rows are longer than %d tokens and were cut; %d had no token left "
-                "for the loss and were left out",
-                split,
-                cut,
-                len(table),
-                limit,
-                left_out,
-            )
-        used = table.select(kept) if left_out else table
-        return Encoded(used, Sequences(tokens, labels, pad_id(tokenizer)))
+        if told := fit.told(self.limit):
+            log.warning("%s: %s", split, told)
+        same = np.array_equal(rows, np.arange(len(table)))
+        return Encoded(table if same else table.select(rows), self.examples(arrays))
+
+    def examples(self, arrays: Arrays) -> Sequences:
+        """Return what `tokens` made as examples."""
+        tokens = FlatRows(arrays["tokens"], arrays["offsets"])
+        counted = None if self.config.train.loss == "all" else arrays["response"]
+        return Sequences(
+            tokens,
+            replace(tokens, counted=counted),
+            pad_id(self._tokenizer),
+            self.limit if self.config.train.packing else None,
+        )
+
+    def tokens(self, table: datasets.Dataset, report: Report = refuse) -> Arrays:
+        """Return what `encoding.encode` makes of a table, from disk where it is kept there.
+
+        Where broken rows are reported and left out, nothing is kept: a run must not miss them.
+        """
+        columns = [name for name in self.writer.columns().required() if name != PLACE]
+        columns = [*self.writer.columns().blank, *columns]
+        loss = self.config.train.loss
+        size = sum(table.data.column(name).nbytes for name in columns)
+
+        def identity() -> Iterator[str]:
+            yield from (encoding.VERSION, self.writer.source, str(self.limit), loss)
+            yield from tokenizer_identity(self._tokenizer)
+            for name in columns:
+                yield from (name, str(len(table)))
+                yield from table[name]
+
+        def build() -> Arrays:
+            return encoding.encode(table, self.writer, self._tokenizer, self.limit, loss, report)
+
+        return kept(size, identity, build) if report is refuse else build()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy (nats) summed over the tokens that `count` counts."""
@@ -247,13 +208,6 @@ class CausalLM(RowsTask):
         perplexity = math.exp(min(mean, _LARGEST_EXPONENT))
         return {"loss": mean, "perplexity": perplexity, "accuracy": right / seen}
 
-    def _write(self, row: Mapping[str, str]) -> tuple[str, int, int]:
-        assert self._template is not None  # the table was read
-        template = self._template
-        if template.source == ALPACA_WITH_INPUT and not row["input"].strip():
-            template = Template.parse(ALPACA)
-        return template.fill(row)
-
     def metrics(self) -> Mapping[str, Direction]:
         """Return what `evaluate.metric` may name; a score of answers only where they are asked."""
         measured: dict[str, Direction] = {"loss": "min", "perplexity": "min", "accuracy": "max"}
@@ -265,7 +219,8 @@ class CausalLM(RowsTask):
         """Return a split's first rows up to their responses; see `Task.questions`."""
         table = self.table(split, client)
         rows = table.select(range(min(limit, len(table))))
-        return from_rows([self._write(row) for row in rows], self._tokenizer)
+        writer = self.writer
+        return from_rows([writer.write(row) for row in rows], self._tokenizer, whole=writer.whole)
 
     def writing(self) -> Writing:
         """Return the tokenizer, and what the base takes."""
@@ -290,7 +245,8 @@ class CausalLM(RowsTask):
         return tokenizer
 
     @cached_property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """Tokens that an example may have."""
         return token_limit(self.config, load_config(self.config), self._tokenizer)
 
 
@@ -303,10 +259,14 @@ def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Only the labelled positions are kept, and before the conversion: with a large vocabulary the
     scores of a whole batch are the largest tensor of all.
     """
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    logits, targets = output.logits[:, :-1], batch["labels"][:, 1:]
+    if "position_ids" in batch:
+        scores, labels = packed_scores(model, batch)
+    else:
+        output = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        scores, labels = output.logits, batch["labels"]
+    logits, targets = scores[:, :-1], labels[:, 1:]
     counted = targets != IGNORED
     if counted.all():  # a selection takes longer, and its gradient a scatter
         return logits.flatten(0, 1).float(), targets.flatten()

@@ -12,118 +12,21 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedgraft.errors import DataError
-
-if TYPE_CHECKING:
-    import datasets
-
-Row = dict[str, Any]
+from fedgraft.tasks.records import Report, Row, Rows, broken, refuse
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns a task reads, and what they must hold.
-
-    Attributes:
-        text: text or numbers, not blank.
-        blank: text or numbers that may be blank or null, and then are "".
-        label: text or whole numbers, kept as text: one of a few classes.
-        other: anything, kept as text; None where a row has nothing there.
-    """
-
-    text: tuple[str, ...] = ()
-    blank: tuple[str, ...] = ()
-    label: str | None = None
-    other: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one split as its file holds them.
-
-    Attributes:
-        source: the file, or the Hub's data set and split.
-        unit: what `places` counts: "line" or "row".
-        columns: the names found, in the order of the file.
-        rows: the values of each row by column name.
-        places: the line or row number of each row, from 1.
-    """
-
-    source: str
-    unit: str
-    columns: list[str]
-    rows: list[Row]
-    places: list[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def table(self, wanted: Columns) -> datasets.Dataset:
-        """Check every row and keep the wanted columns, all of them text.
-
-        Raises:
-            DataError: a column that no row has (with those found), or a row whose value is
-                missing, blank or of a wrong type (with its line).
-        """
-        import datasets
-
-        required = (*wanted.text, *([wanted.label] if wanted.label else []))
-        blank = [name for name in dict.fromkeys(wanted.blank) if name not in required]
-        other = [name for name in wanted.other if name not in (*required, *blank)]
-        for name in (*required, *blank, *other):
-            if name not in self.columns:
-                raise DataError(
-                    f"{self.source} has no column {name!r}; it has {', '.join(self.columns)}",
-                    "Name one of these in task.text-field, task.label-field, task.template or "
-                    "federation.partition-column, or mend the file.",
-                )
-        made: dict[str, list[str | None]] = {}
-        for name in (*required, *blank, *other):
-            made[name] = []
-        for row, place in zip(self.rows, self.places, strict=True):
-            for name in required:
-                text = self._text(row.get(name), name, place)
-                if not text.strip():
-                    raise self._broken(place, f"has nothing in column {name!r}")
-                made[name].append(text.strip() if name == wanted.label else text)
-            for name in blank:
-                if name not in row:
-                    raise self._broken(place, f"has no column {name!r}")
-                made[name].append(self._text(row.get(name), name, place))
-            for name in other:
-                value = row.get(name)
-                made[name].append(None if value in (None, "") else str(value))
-        features = datasets.Features({name: datasets.Value("string") for name in made})
-        return datasets.Dataset.from_dict(made, features=features)
-
-    def _text(self, value: Any, name: str, place: int) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, (list, dict)):
-            kind = "a list" if isinstance(value, list) else "an object"
-            raise self._broken(place, f"holds {kind} in column {name!r}, where text is wanted")
-        return str(value)
-
-    def _broken(self, place: int, complaint: str) -> DataError:
-        return broken(self.source, self.unit, place, complaint)
-
-
-def broken(source: str, unit: str, place: int, complaint: str) -> DataError:
-    """Return the error for one broken row."""
-    return DataError(f"{source}, {unit} {place} {complaint}", f"Mend or delete that {unit}.")
-
-
-def read_rows(path: Path, headerless: Sequence[str] = ()) -> Rows:
+def read_rows(path: Path, headerless: Sequence[str] = (), report: Report = refuse) -> Rows:
     """Read one data file; its suffix says what it is.
 
     Args:
         path: a .csv, .tsv, .jsonl or .parquet file.
         headerless: the names of the columns of a CSV or TSV file without a header: accepted when
             the first line has exactly as many columns and none of these names.
+        report: is given the error of each broken row, which is then left out; raises by default.
 
     Raises:
         DataError: no such file, another suffix, no rows, or a broken row, with its line.
@@ -140,30 +43,38 @@ def read_rows(path: Path, headerless: Sequence[str] = ()) -> Rows:
         raise DataError(
             f"{path} cannot be read: {error.strerror}", "Check the path and its permissions."
         ) from None
-    rows = READERS[suffix](str(path), raw, headerless)
+    rows = READERS[suffix](str(path), raw, headerless, report)
     if not rows:
         raise DataError(f"{path} holds no rows", "Fill it, or name another file in task.data.")
     return rows
 
 
-def _decode(source: str, raw: bytes) -> str:
+def _decode(source: str, raw: bytes, report: Report) -> str:
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        return raw.removeprefix(codecs.BOM_UTF8).decode()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise broken(source, "line", line, "is not UTF-8 text") from None
+        return raw.decode()
+    except UnicodeDecodeError:
+        pass
+    for place, line in enumerate(raw.split(b"\n"), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            report(broken(source, "line", place, "is not UTF-8 text"))
+    return raw.decode(errors="replace")
 
 
-def _read_csv(source: str, raw: bytes, headerless: Sequence[str]) -> Rows:
-    return _delimited(source, raw, headerless, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+def _read_csv(source: str, raw: bytes, headerless: Sequence[str], report: Report) -> Rows:
+    return _delimited(source, raw, headerless, report, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
-def _read_tsv(source: str, raw: bytes, headerless: Sequence[str]) -> Rows:
-    return _delimited(source, raw, headerless, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _read_tsv(source: str, raw: bytes, headerless: Sequence[str], report: Report) -> Rows:
+    return _delimited(source, raw, headerless, report, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _delimited(source: str, raw: bytes, headerless: Sequence[str], **dialect: Any) -> Rows:
-    lines = _records(source, _decode(source, raw), dialect)
+def _delimited(
+    source: str, raw: bytes, headerless: Sequence[str], report: Report, **dialect: Any
+) -> Rows:
+    lines = _records(source, _decode(source, raw, report), dialect, report)
     first = next(lines, None)
     if first is None:
         return Rows(source, "line", [], [], [])
@@ -176,7 +87,9 @@ def _delimited(source: str, raw: bytes, headerless: Sequence[str], **dialect: An
     for place, values in lines:
         if len(values) != len(columns):
             count = f"{len(values)} column{'s' if len(values) != 1 else ''}"
-            raise broken(source, "line", place, f"has {count} where {len(columns)} are wanted")
+            complaint = f"has {count} where {len(columns)} are wanted"
+            report(broken(source, "line", place, complaint))
+            continue
         records.append((place, values))
     if bare:
         _refuse_header(source, header, [values[-1] for _, values in records])
@@ -189,8 +102,13 @@ def _delimited(source: str, raw: bytes, headerless: Sequence[str], **dialect: An
     )
 
 
-def _records(source: str, text: str, dialect: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record with the line it starts on; blank lines are skipped."""
+def _records(
+    source: str, text: str, dialect: dict[str, Any], report: Report
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each record with the line it starts on; blank lines are skipped.
+
+    Nothing after a quote that never closes can be told apart: reading ends there.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
     while True:
         place = reader.line_num + 1
@@ -199,7 +117,8 @@ def _records(source: str, text: str, dialect: dict[str, Any]) -> Iterator[tuple[
         except StopIteration:
             return
         except csv.Error as error:
-            raise broken(source, "line", place, f"cannot be read: {error}") from None
+            report(broken(source, "line", place, f"cannot be read: {error}"))
+            return
         if values:
             yield place, values
 
@@ -215,29 +134,30 @@ def _refuse_header(source: str, header: list[str], labels: list[str]) -> None:
         )
 
 
-def _read_jsonl(source: str, raw: bytes, headerless: Sequence[str]) -> Rows:
+def _read_jsonl(source: str, raw: bytes, headerless: Sequence[str], report: Report) -> Rows:
     rows: list[Row] = []
-    places: list[int] = []
+    places: list[int | str] = []
     columns: dict[str, None] = {}
     # Not splitlines(): JSON text may hold other line separators, U+2028 say, as they are.
-    for place, line in enumerate(_decode(source, raw).split("\n"), start=1):
+    for place, line in enumerate(_decode(source, raw, report).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise broken(
-                source, "line", place, f"is not valid JSON: {error.msg} (column {error.colno})"
-            ) from None
+            complaint = f"is not valid JSON: {error.msg} (column {error.colno})"
+            report(broken(source, "line", place, complaint))
+            continue
         if not isinstance(row, dict):
-            raise broken(source, "line", place, "is not a JSON object in braces")
+            report(broken(source, "line", place, "is not a JSON object in braces"))
+            continue
         columns |= dict.fromkeys(row)
         rows.append(row)
         places.append(place)
     return Rows(source, "line", list(columns), rows, places)
 
 
-def _read_parquet(source: str, raw: bytes, headerless: Sequence[str]) -> Rows:
+def _read_parquet(source: str, raw: bytes, headerless: Sequence[str], report: Report) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
@@ -251,7 +171,7 @@ def _read_parquet(source: str, raw: bytes, headerless: Sequence[str]) -> Rows:
     return Rows(source, "row", list(table.column_names), rows, list(range(1, len(rows) + 1)))
 
 
-READERS: dict[str, Callable[[str, bytes, Sequence[str]], Rows]] = {
+READERS: dict[str, Callable[[str, bytes, Sequence[str], Report], Rows]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,

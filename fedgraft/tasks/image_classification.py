@@ -16,8 +16,9 @@ from torch import Tensor
 from fedgraft.errors import DataError, ModelError
 from fedgraft.tasks.base_models import load_image_processor
 from fedgraft.tasks.classification import Classification
+from fedgraft.tasks.folders import NAMES
 from fedgraft.tasks.rows import Encoded
-from fedgraft.tasks.splits import NAMES, data_source, existing
+from fedgraft.tasks.splits import data_source, existing
 from fedgraft.tasks.task import Batch
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError
 from fedgraft.seeds import stream
+from fedgraft.tasks.records import SITE
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +55,8 @@ def deal(
       et al. 2017, arXiv:1602.05629, section 3).
     - domain: client k holds domain k mod D; clients of one domain share its rows evenly, and where
       clients are fewer than the D domains each holds several.
-    - natural: a client for each value of `federation.partition-column`, in sorted order.
+    - natural: a client for each value of `federation.partition-column`, or each domain where that
+      is not set, in sorted order.
 
     Args:
         table: the training rows; only the columns named here are read.
@@ -126,6 +128,8 @@ def validation_like(
     if how == "iid":
         return even
     column = _column(config, how, label, domain)
+    if column == SITE and SITE not in validation.column_names:  # a file of its own, of no site
+        return even
     own, offered = _values(table, column, how), _values(validation, column, how)
     picked: list[Rows] = []
     for client, rows in enumerate(dealt):
@@ -222,7 +226,7 @@ def _column(config: Config, how: str, label: str | None, domain: str | None) -> 
                 "Set federation.partition to iid or natural.",
             )
         return label
-    column = domain or named if how == "domain" else named
+    column = domain or named if how == "domain" else named or domain
     if column is None:
         raise ConfigError(
             f"federation.partition {how} needs a column of the data",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgraft.tasks.templates import Written
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -50,23 +52,27 @@ def as_it_stands(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Question:
 
 
 def from_rows(
-    written: Sequence[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase
+    written: Sequence[Written], tokenizer: PreTrainedTokenizerBase, *, whole: bool = False
 ) -> list[Question]:
-    """Return rows that are written out as questions: each goes up to its response.
+    """Return rows that are written out as questions: each goes up to its last response.
 
     The tokens are those that the row has in training, up to the first that touches the response:
     a prompt tokenised by itself may end in others. A row that starts with its response asks
     nothing and is left out.
 
     Args:
-        written: of each row its text, and where the response starts and ends in it (characters).
+        written: of each row its text, and where its responses are in it.
         tokenizer: one that knows which characters a token stands for.
+        whole: the texts bring their special tokens themselves.
     """
     if not written:
         return []
-    coded = tokenizer([text for text, _, _ in written], return_offsets_mapping=True)
+    coded = tokenizer(
+        [row.text for row in written], return_offsets_mapping=True, add_special_tokens=not whole
+    )
     questions = []
-    for number, (text, start, end) in enumerate(written):
+    for number, row in enumerate(written):
+        text, (start, end) = row.text, row.responses[-1]
         spans = coded["offset_mapping"][number]
         first = next((k for k, (a, b) in enumerate(spans) if a < end and b > start), len(spans))
         ids = np.array(coded["input_ids"][number][:first], dtype=np.int64)

@@ -14,6 +14,7 @@ import numpy as np
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.tasks import partition
+from fedgraft.tasks.records import SITE
 from fedgraft.tasks.splits import cut
 from fedgraft.tasks.task import Batch, Examples, Task
 
@@ -61,6 +62,7 @@ class RowsTask(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._encoded: dict[str, Encoded] = {}
+        self.given: Mapping[str, datasets.Dataset] | None = None  # instead of what `read` returns
 
     @abstractmethod
     def read(self) -> Mapping[str, datasets.Dataset]:
@@ -77,8 +79,11 @@ class RowsTask(Task):
 
     @property
     def domain_column(self) -> str | None:
-        """The column with each row's domain, by which rows are dealt by default; None for none."""
-        return None
+        """The column with each row's domain, by which rows are dealt by default; None for none.
+
+        Where the data lie in a folder for each site, or a file for each client, that is `SITE`.
+        """
+        return SITE if SITE in self.tables["train"].column_names else None
 
     def train(self, client: int | None = None) -> Examples:
         """Return one client's training examples, as `partition.deal` deals them; all for None."""
@@ -117,14 +122,19 @@ class RowsTask(Task):
 
     @cached_property
     def _told_by(self) -> partition.Values | None:
-        """The column of the training rows that tells clients apart, if one does."""
-        column = {
+        """What tells the training rows of one client from another's, if anything does."""
+        column = self.dealt_by
+        return None if column is None else np.asarray(self.split("train").table[column][:])
+
+    @property
+    def dealt_by(self) -> str | None:
+        """The column by which rows are dealt to clients; None where by chance alone."""
+        return {
             "domain": self.domain_column or self.config.federation.partition_column,
-            "natural": self.config.federation.partition_column,
+            "natural": self.config.federation.partition_column or self.domain_column,
             "dirichlet": self.label_column,
             "shards": self.label_column,
         }.get(partition.kind(self.config, self.domain_column))
-        return None if column is None else np.asarray(self.split("train").table[column][:])
 
     def split(self, name: str) -> Encoded:
         """Return one of "train", "validation" and "test", encoded."""
@@ -135,7 +145,7 @@ class RowsTask(Task):
     @cached_property
     def tables(self) -> dict[str, datasets.Dataset]:
         """The three splits before encoding, those that were not given cut from the first."""
-        given = self.read()
+        given = self.read() if self.given is None else self.given
         evaluate, samples = self.config.evaluate, self.config.task.samples
         sizes = {name: len(table) for name, table in given.items()}
         parts = cut(sizes, evaluate.fraction, samples, evaluate.samples)

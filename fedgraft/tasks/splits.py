@@ -1,9 +1,9 @@
 """Where a task's data is, and its three splits: given as files, or cut from the training rows.
 
-`task.data` names one file, a folder of files (train, and where there are any validation and
-test), or a Hub dataset: `owner/name`, or `owner/name:subset` for one of several. A split that is
-not given is cut from the training rows by a fixed stream, the same for every run and every seed:
-`evaluate.fraction` of them for validation, as many again for test.
+`task.data` names one file, a folder (`fedgraft.tasks.folders`), or a Hub dataset: `owner/name`, or
+`owner/name:subset` for one of several. A split that is not given is cut from the training rows by a
+fixed stream, the same for every run and every seed: `evaluate.fraction` of them for validation, as
+many again for test.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from numpy.typing import NDArray
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError
 from fedgraft.seeds import stream
-from fedgraft.tasks.data_files import READERS, Rows, read_rows
+from fedgraft.tasks import messages
+from fedgraft.tasks.data_files import READERS, read_rows
+from fedgraft.tasks.folders import NAMES, read_folder
 from fedgraft.tasks.hub import local_path, reason
+from fedgraft.tasks.records import Report, Rows, refuse
 
 if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "validation", "test")
-NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
-"""What files, folders and Hub splits of each split may be called."""
 
 
-def load_rows(config: Config, headerless: Sequence[str] = ()) -> dict[str, Rows]:
+def load_rows(
+    config: Config, headerless: Sequence[str] = (), report: Report = refuse
+) -> dict[str, Rows]:
     """Read the splits that `task.data` brings: "train", and any of "validation" and "test".
 
     Args:
         config: its `task` group.
         headerless: as for `read_rows`.
+        report: as for `read_rows`.
 
     Raises:
         ConfigError: `task.data` is not set.
@@ -49,8 +49,10 @@ def load_rows(config: Config, headerless: Sequence[str] = ()) -> dict[str, Rows]
     if path is None:
         return _hub_rows(data)
     if path.is_dir():
-        return {name: read_rows(file, headerless) for name, file in _files(path).items()}
-    return {"train": read_rows(existing(path), headerless)}
+        federation = config.federation
+        by_file = federation.partition == "natural" and federation.partition_column is None
+        return read_folder(path, config.task.text_field, headerless, report, by_file=by_file)
+    return {"train": read_rows(existing(path), headerless, report)}
 
 
 def data_source(config: Config) -> str:
@@ -124,37 +126,6 @@ def cut(
     return {name: made[name] for name in SPLITS}
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Find the splits' files in a folder, all of one suffix."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in READERS or not path.is_file():
-            continue
-        for name, aliases in NAMES.items():
-            if path.stem.lower() not in aliases:
-                continue
-            if name in found:
-                raise DataError(
-                    f"{found[name]} and {path} both hold the {name} split", "Move one of them away."
-                )
-            found[name] = path
-    if "train" not in found:
-        suffixes = ", ".join(READERS)
-        raise DataError(
-            f"folder {folder} holds no training file",
-            f"Name one of its files train, with one of the suffixes {suffixes}; "
-            "validation and test beside it are optional.",
-        )
-    suffix = found["train"].suffix
-    for path in found.values():
-        if path.suffix != suffix:
-            raise DataError(
-                f"{path} is not a {suffix} file like {found['train']}",
-                "Write all splits in one format.",
-            )
-    return found
-
-
 def _hub_rows(data: str) -> dict[str, Rows]:
     """Download (or read from the cache) a Hub dataset's splits."""
     import datasets
@@ -189,7 +160,7 @@ def _table_rows(source: str, table: datasets.Dataset) -> Rows:
     plain = [
         name
         for name, feature in table.features.items()
-        if isinstance(feature, (datasets.Value, datasets.ClassLabel))
+        if isinstance(feature, (datasets.Value, datasets.ClassLabel)) or name in messages.COLUMNS
     ]
     rows = table.select_columns(plain).to_list()
     return Rows(source, "row", plain, rows, list(range(1, len(rows) + 1)))

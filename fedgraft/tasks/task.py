@@ -63,6 +63,7 @@ class Task(ABC):
         default_targets: module names that LoRA attaches to unless `adapter.targets` says others.
         extras: modules that are trained whole beside the factors (PEFT's modules_to_save).
         evaluation_batch: examples a forward pass of an evaluation unless the config says other.
+        packs: whether `train.packing` may lay several examples into one sequence.
     """
 
     name: ClassVar[str]
@@ -72,8 +73,14 @@ class Task(ABC):
     default_targets: list[str] | Literal["all-linear"] = "all-linear"
     extras: tuple[str, ...] = ()
     evaluation_batch: int = 256
+    packs: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
+        if config.train.packing and not self.packs:
+            raise ConfigError(
+                f"train.packing is true, and examples of task {self.name} cannot be packed",
+                "Set train.packing to false; packing is for causal-lm.",
+            )
         self.config = config
         if (chosen := config.evaluate.metric) is not None:
             self.metric, self.direction = _watched(chosen, self.name, self.metrics())

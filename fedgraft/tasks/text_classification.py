@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from torch import nn
 
 from fedgraft.tasks.base_models import load_tokenizer
 from fedgraft.tasks.classification import Classification
-from fedgraft.tasks.data_files import Columns, Rows
+from fedgraft.tasks.records import Columns, Report, Rows, refuse
 from fedgraft.tasks.rows import Encoded
-from fedgraft.tasks.sequences import Sequences, blank_batch, pad_id, token_limit
+from fedgraft.tasks.sequences import (
+    FlatRows,
+    Sequences,
+    blank_batch,
+    pad_id,
+    token_limit,
+    tokenizer_identity,
+)
 from fedgraft.tasks.splits import load_rows
 from fedgraft.tasks.task import Batch
+from fedgraft.tasks.token_store import Arrays, kept
 
 if TYPE_CHECKING:
     import datasets
@@ -44,10 +51,10 @@ class TextClassification(Classification):
 
         return AutoModelForSequenceClassification
 
-    def read(self) -> Mapping[str, datasets.Dataset]:
+    def read(self, report: Report = refuse) -> Mapping[str, datasets.Dataset]:
         """Read texts and labels; raises as `load_rows`, `Rows.table` do."""
         task, column = self.config.task, self.config.federation.partition_column
-        found = load_rows(self.config, headerless=(task.text_field, task.label_field))
+        found = load_rows(self.config, (task.text_field, task.label_field), report)
         dealt = () if column is None else (column,)
         return {
             name: rows.table(
@@ -55,26 +62,41 @@ class TextClassification(Classification):
                     text=(task.text_field,),
                     label=task.label_field,
                     other=() if name == "test" else dealt,
-                )
+                ),
+                report,
             )
             for name, rows in found.items()
             if name == "train" or not _hidden(rows, task.label_field)
         }
 
     def encode(self, table: datasets.Dataset, split: str) -> Encoded:
-        """Tokenise every text once.
+        """Tokenise every text once, on this machine if the tokens are kept.
 
         Raises:
             DataError: a label that no training row has.
         """
-        tokens = self._tokenizer(
-            list(table[self.config.task.text_field]),
-            truncation=True,
-            max_length=self._limit,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        rows = [np.array(row, dtype=np.int64) for row in tokens]
+        texts = table[self.config.task.text_field]
+
+        def identity() -> Iterator[str]:
+            yield from ("text-classification 1", str(self.limit))
+            yield from tokenizer_identity(self._tokenizer)
+            yield from texts
+
+        def build() -> Arrays:
+            tokens = self._tokenizer(
+                list(texts),
+                truncation=True,
+                max_length=self.limit,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+            rows = FlatRows.of(tokens, len(self._tokenizer))
+            return {"tokens": rows.values, "offsets": rows.offsets}
+
+        slow = not self._tokenizer.is_fast  # has no one text that tells it from others
+        size = 0 if slow else table.data.column(self.config.task.text_field).nbytes
+        arrays = kept(size, identity, build)
+        rows = FlatRows(arrays["tokens"], arrays["offsets"])
         return Encoded(table, Sequences(rows, self.targets(table, split), pad_id(self._tokenizer)))
 
     def load_base(self) -> nn.Module:
@@ -87,7 +109,7 @@ class TextClassification(Classification):
 
     def largest_batch(self, size: int) -> Batch:
         """Return texts of as many tokens as are kept of any."""
-        return blank_batch((size, self._limit), (size,))
+        return blank_batch((size, self.limit), (size,))
 
     def preparation(self) -> tuple[Any, ...]:
         """Return the base's tokenizer."""
@@ -98,7 +120,8 @@ class TextClassification(Classification):
         return load_tokenizer(self.config)
 
     @cached_property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """Tokens of a text that are kept."""
         return token_limit(self.config, self.base_config, self._tokenizer)
 
 

@@ -30,6 +30,15 @@ def test_fedgraft_ends_with_the_plain_loops_adapter(
     assert "FedGraft's adapter is (a)'s, within 1e-06: met" in printed
 
 
+def test_packed_rows_train_as_padded_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(monkeypatch, "packing").main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "packed rows are scored row by row" in printed
+    assert "losses a token apart by" in printed and printed.count(": met") == 1
+
+
 def test_every_rule_is_measured_and_is_its_dense_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,11 @@ from torch import nn
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, DataError
-from fedgraft.tasks.causal_lm import CausalLM, Template, default_template
-from fedgraft.tasks.sequences import IGNORED, Sequences
+from fedgraft.tasks.causal_lm import CausalLM
+from fedgraft.tasks.encoding import Fit, kept_parts
+from fedgraft.tasks.packing import IGNORED
+from fedgraft.tasks.sequences import Sequences
+from fedgraft.tasks.templates import Template, default_template
 
 QA = "Question: {question}\nAnswer: {answer}"
 BOS, EOS = 2, 3
@@ -64,8 +67,10 @@ def words(task: CausalLM, ids: Any) -> str:
 def test_template_fills_and_finds_the_response() -> None:
     template = Template.parse("{{Q}} {question}\nA: {answer}.")
     assert template.fields == ("question", "answer")
-    text, start, end = template.fill({"question": "2 {x}?", "answer": "four"})
-    assert text == "{Q} 2 {x}?\nA: four." and text[start:end] == "four"
+    written = template.write({"question": "2 {x}?", "answer": "four"})
+    ((start, end),) = written.responses
+    assert written.text == "{Q} 2 {x}?\nA: four." and written.text[start:end] == "four"
+    assert written.text[: written.opening] == "{Q} "
 
 
 @pytest.mark.parametrize("source", ["plain", "{}", "{a", "{a!r}", "{a:>5}", "{} {b}"])
@@ -137,7 +142,7 @@ def test_a_blank_input_has_no_heading(llama: Path, tmp_path: Path) -> None:
     rows = [{"instruction": "say", "input": "hello" * (k % 2), "output": "bye"} for k in range(20)]
     task = make(llama, write(tmp_path / "d.jsonl", rows))
     task.train()
-    texts = {task._write(row)[0] for row in task.split("train").table}
+    texts = {task.writer.write(row).text for row in task.split("train").table}
     assert texts == {
         "### Instruction:\nsay\n\n### Response:\nbye",
         "### Instruction:\nsay\n\n### Input:\nhello\n\n### Response:\nbye",
@@ -208,38 +213,91 @@ def test_measure_by_hand(llama: Path, sums: Path) -> None:
     )
 
 
-def test_rows_cut_before_their_response_are_left_out(
+def test_a_long_row_loses_its_prompt_and_keeps_its_response(
     llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [
-        {"prompt": "film " * (20 if k % 4 == 0 else 2), "completion": "good"} for k in range(40)
+        {"prompt": "bad " * (20 if k % 4 == 0 else 2) + "film ", "completion": "good"}
+        for k in range(40)
     ]
-    long = sum(r["prompt"].startswith("film film film") for r in rows)
     (tmp_path / "d").mkdir()
     write(tmp_path / "d" / "train.jsonl", rows)
     write(tmp_path / "d" / "test.jsonl", rows)
     task = make(llama, tmp_path / "d", task={"max-length": 8})
-    assert len(task.test()) == 40 - long == 30
+    examples = task.test()
+    assert isinstance(examples, Sequences) and len(examples) == 40
     assert (
-        "test: 10 of 40 rows are longer than 8 tokens and were cut; 10 had no token left"
-        in caplog.text
+        "test: 10 of 40 rows are longer than 8 tokens and were cut: 10 lost the beginning of their "
+        "prompt, 0 the end of their response" in caplog.text
     )
-    examples, table = task.test(), task.split("test").table
-    assert isinstance(examples, Sequences) and len(table) == 30
-    assert {len(row) for row in examples.tokens} == {5}  # <s> film film good </s>
-    whole = make(llama, tmp_path / "d", task={"max-length": 8}, train={"loss": "all"})
-    assert len(whole.test()) == 40
+    assert task.fits["test"] == Fit(rows=40, longest=24, cut=10, prompts_cut=10)
+    # the first of every four has 24 tokens; <s> stays, and the prompt's last words
+    assert words(task, examples.tokens[0]) == "<s> bad bad bad bad film good </s>"
+    assert words(task, examples.tokens[1]) == "<s> bad bad film good </s>"
+    for ids, labels in zip(examples.tokens, examples.labels, strict=True):
+        assert words(task, ids[labels != IGNORED]) == "good </s>"
+
+    every = make(llama, tmp_path / "d", task={"max-length": 8}, train={"loss": "all"})
+    whole = every.test()
+    assert isinstance(whole, Sequences)
+    assert words(every, whole.tokens[0]) == "<s> bad bad bad bad bad bad bad"
+    assert every.fits["test"] == Fit(rows=40, longest=24, cut=10, responses_cut=10)
 
     with pytest.raises(DataError, match="none of the 40 test rows has a token for the loss"):
-        make(llama, tmp_path / "d", task={"max-length": 3}).test()
+        make(llama, tmp_path / "d", task={"max-length": 1}).test()
 
 
-def test_a_response_cut_short_has_no_end(llama: Path, sums: Path) -> None:
-    task = make(llama, sums, task={"max-length": 13})
+def test_a_response_that_cannot_fit_loses_its_end(llama: Path, tmp_path: Path) -> None:
+    rows = [{"question": "how many", "answer": "three " * 20}] * 30
+    task = make(llama, write(tmp_path / "d.jsonl", rows), task={"max-length": 8})
     examples = sequences(task)
-    lengths = {len(row) for row in examples.tokens}
-    assert lengths == {13}  # <s>, 11 of the prompt, the first word of the answer
-    assert not any(EOS in row for row in examples.tokens)
+    # <s> Question : how many Answer : are seven tokens, the answer and its end 21; half of the
+    # limit stays with the prompt: a quarter of it, <s> Question, opens the template
+    assert words(task, examples.tokens[0]) == "<s> Question Answer : three three three three"
+    assert task.fits["train"] == Fit(rows=24, longest=28, cut=24, prompts_cut=24, responses_cut=24)
+
+
+@pytest.mark.parametrize(
+    ("row", "limit", "kept"),
+    [
+        ((10, 6, 10, 2), 10, (0, 0, 10)),  # length, first, end of the response, opening
+        ((10, 6, 10, 2), 8, (2, 4, 10)),
+        ((10, 6, 10, 5), 8, (2, 4, 10)),  # an opening of a quarter of the limit
+        ((10, 6, 10, 2), 4, (0, 6, 10)),
+        ((10, 6, 10, 2), 2, (0, 5, 7)),  # half and half
+        ((10, 1, 10, 1), 6, (1, 1, 6)),
+        ((10, 2, 5, 1), 6, (1, 1, 6)),  # later turns lose their end
+        ((10, 5, 8, 1), 6, (1, 3, 8)),
+    ],
+)
+def test_what_stays_of_a_row(
+    row: tuple[int, int, int, int], limit: int, kept: tuple[int, int, int]
+) -> None:
+    opening, begin, end = kept_parts(*row, limit)
+    assert (opening, begin, end) == kept
+    assert opening + end - begin == min(limit, row[0])
+
+
+def test_a_long_text_is_split_and_every_token_predicted_once(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "Question Answer a bad good film very dull fine the was it how many is two three"
+    rows = [{"text": text if k % 2 else "good film"} for k in range(20)]
+    (tmp_path / "d").mkdir()
+    for split in ("train", "test"):
+        write(tmp_path / "d" / f"{split}.jsonl", rows)
+    task = make(llama, tmp_path / "d", task={"max-length": 8})
+    examples = task.test()
+    assert isinstance(examples, Sequences)
+    # <s>, 17 words and </s> are 19 tokens: 8, 7 more and the last 4, so 8 + 8 + 5 with overlaps
+    assert [len(row) for row in examples.tokens][:5] == [4, 8, 8, 5, 4]
+    pieces = [words(task, row) for row in list(examples.tokens)[1:4]]
+    assert pieces[0].endswith(" very") and pieces[1].startswith("very dull")
+    everything = [int(token) for row in list(examples.tokens)[1:4] for token in row[1:]]
+    assert words(task, everything) == f"{text} </s>"
+    assert task.count(examples.batch(np.arange(1, 4))) == 18
+    assert len(task.split("test").table) == len(examples) == 40
+    assert "test: 10 of 20 texts are longer than 8 tokens and were split into 30" in caplog.text
 
 
 def test_a_text_without_a_prompt(tmp_path: Path) -> None:

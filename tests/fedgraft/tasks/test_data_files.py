@@ -7,7 +7,8 @@ import pytest
 from tiny_models import shared
 
 from fedgraft.errors import DataError
-from fedgraft.tasks.data_files import Columns, read_rows
+from fedgraft.tasks.data_files import read_rows
+from fedgraft.tasks.records import Columns
 
 PAIR = ("text", "label")
 
