@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import psutil
 import torch
 
-from fedgraft.errors import ConfigError, ModelError
+from fedgraft.errors import ConfigError, ModelError, RunError
+
+log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 def pick_device(name: str) -> torch.device:
@@ -71,6 +77,34 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # The CPU's allocator raises a plain RuntimeError, told by its text alone.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def with_smaller_batches(size: int, device: torch.device, run: Callable[[int], _Result]) -> _Result:
+    """Run something that goes through batches, with half of the size as long as memory runs out.
+
+    Args:
+        size: the size of the first try.
+        device: whose memory it takes.
+        run: is given the size.
+
+    Raises:
+        RunError: memory does not suffice for one example at a time.
+    """
+    while True:
+        try:
+            return run(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here and not above, where the error still holds what had been allocated.
+        release_memory(device)
+        if size == 1:
+            raise RunError(
+                f"there is not enough memory on {device} to evaluate one example",
+                "Lower task.max-length, or quantise the base (model.quantization).",
+            )
+        size = -(-size // 2)
+        log.warning("out of memory: evaluating %d at a time", size)
 
 
 def release_memory(device: torch.device) -> None:

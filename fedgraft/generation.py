@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedgraft.adapter import Adapter
 from fedgraft.answers import exact_match, rouge_l
+from fedgraft.devices import with_smaller_batches
 from fedgraft.errors import ConfigError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.tasks.questions import Question, Writing
@@ -99,11 +100,9 @@ def write(
         )
     size = settings.batch_size or task.evaluation_batch
     order = sorted(range(len(prompts)), key=lambda k: -len(prompts[k]))
-    texts = [""] * len(prompts)
-    model.use_threads()
-    model.take(adapter)
-    model.model.eval()
-    with torch.inference_mode(), _greedy(model, writing, settings.max_new_tokens) as (base, ends):
+
+    def in_batches(size: int) -> list[str]:
+        texts = [""] * len(prompts)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             ids, mask = _left_padded([prompts[k] for k in batch], writing.pad)
@@ -113,7 +112,13 @@ def write(
             for k, row in zip(batch, written[:, ids.shape[1] :].cpu(), strict=True):
                 tokens = row[: _first(row, ends)]
                 texts[k] = str(writing.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    return texts
+        return texts
+
+    model.use_threads()
+    model.take(adapter)
+    model.model.eval()
+    with torch.inference_mode(), _greedy(model, writing, settings.max_new_tokens) as (base, ends):
+        return with_smaller_batches(size, model.device, in_batches)
 
 
 @contextmanager

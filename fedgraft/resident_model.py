@@ -30,7 +30,7 @@ from fedgraft.adapter import (
 )
 from fedgraft.attachment import attach
 from fedgraft.config import Config
-from fedgraft.devices import check_optimizer, pick_device
+from fedgraft.devices import check_optimizer, pick_device, with_smaller_batches
 from fedgraft.errors import ModelError
 from fedgraft.initialisation import Pair, dense_weight, derive_A, olora, orthogonal, pissa
 from fedgraft.registry import load_plugin
@@ -247,14 +247,22 @@ class ResidentModel:
         return Adapter.from_tensors(self.read(), self.scaling)
 
     def evaluate(self, task: Task, adapter: Adapter, examples: Examples) -> dict[str, float]:
-        """Load an adapter and return the task's metrics on the examples."""
+        """Load an adapter and return the task's metrics on the examples.
+
+        Raises:
+            RunError: memory does not suffice for one example at a time.
+        """
         batch_size = task.config.evaluate.batch_size or task.evaluation_batch
+        order = longest_first(examples)
+
+        def measure(size: int) -> dict[str, float]:
+            return task.measure(self.model, self.batches(examples, size, order))
+
         self.use_threads()
         self.take(adapter)
         self.model.eval()
         with torch.inference_mode():
-            order = longest_first(examples)
-            metrics = task.measure(self.model, self.batches(examples, batch_size, order))
+            metrics = with_smaller_batches(batch_size, self.device, measure)
         return metrics | {"examples": float(len(examples))}
 
     def batches(

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from fedgraft.config import Config
-from fedgraft.devices import check_optimizer, free_memory, is_out_of_memory, peak_memory
-from fedgraft.errors import ConfigError
+from fedgraft.devices import (
+    check_optimizer,
+    free_memory,
+    is_out_of_memory,
+    peak_memory,
+    with_smaller_batches,
+)
+from fedgraft.errors import ConfigError, RunError
 
 
 @pytest.mark.parametrize(
@@ -48,3 +54,32 @@ def test_optimizers_for_cuda_are_refused_elsewhere(name: str) -> None:
 def test_their_state_cannot_be_kept() -> None:
     with pytest.raises(ConfigError, match="optimizer-state is keep"):
         Config().with_overrides({"train.optimizer": "adamw-8bit", "train.optimizer-state": "keep"})
+
+
+def test_batches_are_halved_until_they_fit() -> None:
+    tried: list[int] = []
+
+    def run(size: int) -> str:
+        tried.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert with_smaller_batches(16, torch.device("cpu"), run) == "done"
+    assert tried == [16, 8, 4, 2]
+
+
+def test_one_example_that_does_not_fit_is_told() -> None:
+    def run(size: int) -> None:
+        raise MemoryError
+
+    with pytest.raises(RunError, match="not enough memory on cpu to evaluate one example"):
+        with_smaller_batches(2, torch.device("cpu"), run)
+
+
+def test_other_errors_pass() -> None:
+    def run(size: int) -> None:
+        raise ValueError("no such row")
+
+    with pytest.raises(ValueError, match="no such row"):
+        with_smaller_batches(2, torch.device("cpu"), run)
