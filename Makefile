@@ -15,7 +15,7 @@ demo: .venv/installed  ## Compare three strategies over three seeds on real digi
 		echo "$(DEMO) is there already: going on with it (delete it to start anew)."; \
 		$(BIN)/fedgraft compare --resume $(DEMO); \
 	else \
-		$(BIN)/fedgraft compare docs/examples/digits.toml --out $(DEMO); \
+		$(BIN)/fedgraft compare examples/digits.toml --out $(DEMO); \
 	fi
 
 test: .venv/installed  ## Run all tests, slow ones included.

@@ -4,8 +4,9 @@
     python benchmarks/comparison.py domain label-skew
     python benchmarks/comparison.py tune tune-sgd --seeds 100
     python benchmarks/comparison.py sst2 --base FOLDER --data train.tsv --seeds 0 1 2
+    python benchmarks/comparison.py stories --base FOLDER --data gsm8k --seeds 0
 
-Each is what `fedgraft compare` does: settings are those of docs/examples/every-rule.toml, with the
+Each is what `fedgraft compare` does: settings are those of examples/every-rule.toml, with the
 experiment's own over them, and the directory below --out holds an ordinary comparison with its
 report. Run again, it goes on where it stopped. Prints a Markdown table: test metric, mean and
 standard deviation over seeds; the paired difference from the first row with its 95% interval;
@@ -38,7 +39,7 @@ from server.table import reference_rows, strategy_rows
 from simulations.compare import compare
 from simulations.plan import Plan
 
-SETTINGS = Path(__file__).parents[1] / "docs" / "examples" / "every-rule.toml"
+SETTINGS = Path(__file__).parents[1] / "examples" / "every-rule.toml"
 SHORT = {"federation.rounds": 25}
 LABEL_SKEW = {**SHORT, "federation.partition": "dirichlet", "federation.concentration": 0.1}
 EVERY_RULE = (
@@ -66,6 +67,26 @@ SST2 = {
     "compare.rolora.train.lr": 0.002,
     "compare.ffa-lora.train.lr": 0.008,
     "threads": 1,
+}
+STORIES = {
+    "task.name": "causal-lm",
+    "task.samples": 3000,
+    "task.max-length": 256,
+    "evaluate.samples": 200,
+    "evaluate.every": 15,
+    "evaluate.clients": False,
+    "federation.clients": 10,
+    "federation.partition": "iid",
+    "federation.rounds": 15,
+    "train.steps": 5,
+    "train.batch-size": 8,
+    "train.lr": 0.003,
+    "train.loss": "all",
+    "threads": 1,
+} | {
+    f"compare.{rule}-{kind}": {"strategy.name": rule, "model.quantization": kind}
+    for rule in ("fedavg", "ffa-lora", "lora-fair")
+    for kind in ("none", "int8", "nf4")
 }
 PLAIN_SGD = ("fedavg-sgd", "scaffold")
 
@@ -131,6 +152,12 @@ EXPERIMENTS = {
         {**SHORT, "federation.ranks": [8, 8, 4, 2, 1, 1]},
         ("fedavg", "ffa-lora", "flora", "flexlora", "flexlora-rank-aware", "hetlora"),
     ),
+    "stories": Experiment(
+        "grade-school maths, ten clients, a 260K-parameter Llama in float32, INT8 and NF4",
+        STORIES,
+        tuple(name.removeprefix("compare.") for name in STORIES if name.startswith("compare.")),
+        ("base", "centralised"),
+    ),
     "sst2": Experiment(
         "sentiment of 4,000 sentences, six clients by Dirichlet 1 over labels, MiniLM",
         SST2,
@@ -169,14 +196,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--strategies", nargs="+", help="only these")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--base", help="sst2: the encoder's folder or Hub id")
-    parser.add_argument("--data", help="sst2: a file or folder of sentences and labels")
+    parser.add_argument("--base", help="stories, sst2: the model's folder or Hub id")
+    parser.add_argument("--data", help="stories, sst2: a file or folder of rows")
     return parser.parse_args(argv)
 
 
 def planned(experiment: Experiment, args: argparse.Namespace) -> Plan:
     settings = dict(experiment.settings)
-    if settings.get("task.name") == "text-classification":
+    if "task.name" in settings:
         settings |= {"model.base": args.base, "task.data": args.data}
     config = Config.load(SETTINGS).with_overrides(settings | parse_settings(args.set))
     strategies = tuple(args.strategies or experiment.strategies)

@@ -52,10 +52,17 @@ def test_every_rule_has_a_place_in_the_strategies_page() -> None:
 
 
 def readme_commands() -> list[str]:
-    """The `fedgraft` commands of the README's shell blocks, continuation lines joined."""
+    """The `fedgraft` commands of the README's shell blocks, continuation lines joined.
+
+    Recipes on Hub models are run by tests/test_examples.py, on local models of the same kind.
+    """
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("fedgraft ")]
+    commands = [line.split("#")[0].strip() for line in lines if line.startswith("fedgraft ")]
+    recipes = [line for line in commands if " examples/" in line]
+    for line in recipes:
+        assert (ROOT / line.split()[2]).is_file()
+    return [line for line in commands if line not in recipes]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 from command_line import call, records, settings
+from tiny_models import save_bert, save_model, save_tokenizer
 
 from fedgraft.adapter import Adapter, LoraLayer
 from fedgraft.config import Config
 from simulations.plan import Plan
+from simulations.simulate import simulate
 from strategies.aggregation import aggregate
 from strategies.spool import UpdateSpool
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / "docs").rglob("*.toml"))
+CONFIGS = sorted(path for path in (ROOT / "examples").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -31,10 +34,83 @@ def test_example_configs_are_valid(path: Path) -> None:
     assert Plan(config, ("fedavg", "ffa-lora", "lora-fair"), (0,)).variants()
 
 
+def test_the_instruct_recipe_runs_on_a_local_base_of_the_same_kind(tmp_path: Path) -> None:
+    """Its own keys all but sizes: NF4, bfloat16, checkpointing, the chat's marks, samples."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    base = save_model(
+        tmp_path / "base",
+        AutoModelForCausalLM,
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            eos_token_id=3,
+        ),
+    )
+    save_tokenizer(base)
+    rows = [
+        {"instruction": "how many is one plus two ?", "input": "", "output": "three"},
+        {"instruction": "say hello", "input": "bye", "output": "hello hello"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows * 30)))
+    local = {
+        "model.base": str(base),
+        "model.device": "cpu",
+        "task.data": str(tmp_path / "rows.jsonl"),
+        "task.max-length": 64,
+        "adapter.rank": 4,
+        "federation.clients": 2,
+        "federation.rounds": 2,
+        "train.steps": 2,
+        "evaluate.every": 1,
+        "evaluate.max-new-tokens": 4,
+        "threads": 1,
+    }
+    config = Config.load(ROOT / "examples" / "instruct-nf4.toml").with_overrides(local)
+    path = simulate(config, tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["failed_clients"] == summary["refused_updates"] == 0
+    assert summary["validation_best"] < summary["test"]["initial"]["loss"] + 0.5
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["prompt"] for sample in samples}) == 2
+    assert "NF4" in (path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("variant", ["fedavg", "int8", "nf4"])
+def test_the_encoder_recipe_runs_on_a_local_base_of_the_same_kind(
+    variant: str, tmp_path: Path
+) -> None:
+    base = save_bert(tmp_path / "base")
+    for split, count in (("train", 80), ("dev", 24)):
+        rows = [f"a {'good' if k % 2 else 'bad'} film\t{k % 2}" for k in range(count)]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(rows))
+    local = {
+        "model.base": str(base),
+        "model.device": "cpu",
+        "task.data": str(tmp_path),
+        "federation.clients": 2,
+        "federation.rounds": 3,
+        "train.lr": 0.05,
+        "evaluate.every": 1,
+        "evaluate.metric": "loss",  # a base this small is soon better, and not soon right
+        "threads": 1,
+    }
+    config = Config.load(ROOT / "examples" / "minilm-sst2.toml").with_overrides(local)
+    (chosen,) = Plan(config, (variant,), (0,)).variants().values()
+    path = simulate(chosen, tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["failed_clients"] == summary["refused_updates"] == 0
+    assert summary["test"]["final"]["loss"] < summary["test"]["initial"]["loss"]
+
+
 def test_the_strategy_works_in_somebody_elses_flower_app(tmp_path: Path) -> None:
     """Run as a script from another folder; its training loss falls by a third and more."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "examples" / "flower_app.py")],
+        [sys.executable, str(ROOT / "examples" / "flower_app.py")],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -108,7 +108,7 @@ EXAMPLE = """
 [project]
 name = "example"
 version = "1.0.0"
-description = "docs/examples/flower_app.py as an app"
+description = "examples/flower_app.py as an app"
 license = "Apache-2.0"
 dependencies = []
 
@@ -144,7 +144,7 @@ def test_flwr_run_in_a_checkout_and_of_the_example(
 
     example = tmp_path / "example"
     example.mkdir()
-    shutil.copy(ROOT / "docs" / "examples" / "flower_app.py", example)
+    shutil.copy(ROOT / "examples" / "flower_app.py", example)
     (example / "pyproject.toml").write_text(EXAMPLE)
     nodes = ("--federation-config", "num-supernodes=4")
     said = flwr("run", ".", "local", "--stream", *nodes, cwd=example)
