@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from client.trainer import _backward
+from client.trainer import backward
 from fedgraft.config import Config
 from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel
@@ -125,7 +125,7 @@ def measure(task: CausalLM, model: ResidentModel, size: int, steps: int, repeats
     model.train_mode()
     for way, examples in (("padded", padded), ("packed", packed)):  # warm-up; probes the model
         model.take(start)
-        first[way] = float(_backward(model, task, examples, batches[0], None))
+        first[way] = float(backward(model, task, examples, batches[0], size))
     for _ in range(repeats):
         seconds = {"padded": 0.0, "packed": 0.0}
         optimizers = {w: torch.optim.AdamW(model.parameters.values(), lr=RATE) for w in states}
@@ -135,7 +135,7 @@ def measure(task: CausalLM, model: ResidentModel, size: int, steps: int, repeats
                 began = time.perf_counter()
                 for parameter in model.parameters.values():
                     parameter.grad = None
-                _backward(model, task, examples, indices, None)
+                backward(model, task, examples, indices, size)
                 optimizers[way].step()
                 seconds[way] += time.perf_counter() - began
                 states[way] = model.read()

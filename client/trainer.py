@@ -251,7 +251,7 @@ class _Loop:
             limits = (len(indices), self.settings.micro_batch, self.model.micro_batch)
             size = min(limit for limit in limits if limit is not None)
             try:
-                loss = _backward(self.model, self.task, self.examples, indices, size, self.scale)
+                loss = backward(self.model, self.task, self.examples, indices, size, self.scale)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -298,7 +298,7 @@ class _Loop:
         return optimizer_tensors(self.optimizer, self.latent.leaves)
 
 
-def _backward(
+def backward(
     model: ResidentModel,
     task: Task,
     examples: Examples,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import save_llama, save_model, shared
 from torch import nn
 
-from client.trainer import _backward
+from client.trainer import backward
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.resident_model import ResidentModel
@@ -101,7 +101,7 @@ def test_packing_equals_no_packing(tmp_path: Path, sums: Path, attention: str, l
     for task, micro in ((plain, None), (packing, None), (packing, 3)):
         for parameter in model.parameters.values():
             parameter.grad = None
-        mean = _backward(model, task, task.train(), indices, micro or len(indices))
+        mean = backward(model, task, task.train(), indices, micro or len(indices))
         found.append((float(mean), [p.grad.clone() for p in model.parameters.values()]))  # type: ignore[union-attr]
     for mean, gradients in found[1:]:
         assert mean == pytest.approx(found[0][0], abs=1e-5)
