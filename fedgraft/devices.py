@@ -30,8 +30,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise ModelError(
-            f"model.device {name!r} cannot be used here: {str(error).splitlines()[0]}",
+            f"model.device {name!r} cannot be used here: {why}",
             'Set model.device to "auto" or "cpu".',
         ) from error
     return device

@@ -224,6 +224,11 @@ def _without_weights(auto_class: Any, base: PreTrainedConfig, **options: Any) ->
             f"there is no {auto_class.__name__} for a base of type {base.model_type!r}",
             "Choose a base whose architecture has one.",
         ) from error
+    except ImportError as error:
+        raise ModelError(
+            f"the base's attention cannot be used here: {reason(error)[0]}",
+            "Leave model.attention out, or install what is missing.",
+        ) from error
     return model
 
 

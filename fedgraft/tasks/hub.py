@@ -30,7 +30,7 @@ def reason(error: BaseException) -> tuple[str, str]:
     Args:
         error: what transformers, datasets or huggingface_hub raised; its causes are read too.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     causes = list(_causes(error))
 
@@ -38,7 +38,15 @@ def reason(error: BaseException) -> tuple[str, str]:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if caused_by(errors.GatedRepoError):
-        return "it is gated", "Accept its terms on huggingface.co, then run `hf auth login`."
+        if get_token() is None:
+            return (
+                "it is gated, and there is no Hub token here",
+                "Accept its terms on huggingface.co, then run `hf auth login` or set HF_TOKEN.",
+            )
+        return (
+            "it is gated, and the Hub token here has no access to it",
+            "Accept its terms on huggingface.co with that token's account, or use another's.",
+        )
     if caused_by(errors.RepositoryNotFoundError):
         return (
             "the Hub has no such repository, or it is private",

@@ -20,7 +20,13 @@ from transformers import (
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.seeds import stream
-from fedgraft.tasks.base_models import head_modules, load_config, load_model, load_tokenizer
+from fedgraft.tasks.base_models import (
+    head_modules,
+    load_config,
+    load_model,
+    load_tokenizer,
+    structure_of,
+)
 
 
 def config(base: Path | str, **model: Any) -> Config:
@@ -202,3 +208,35 @@ def test_head_modules(bert: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="AutoModelForSequenceClassification for a base of type"):
         head_modules(text, load_config(config(vit)))
+
+
+def test_an_attention_that_is_not_installed_is_told(bert: Path) -> None:
+    chosen = config(bert, attention="flash_attention_2")
+    with pytest.raises(ModelError, match=r"attention cannot be used here.*[Ff]lash"):
+        structure_of(AutoModelForSequenceClassification, chosen)
+    with pytest.raises(ModelError, match=r"cannot be loaded.*[Ff]lash"):
+        load_model(AutoModelForSequenceClassification, chosen)
+
+
+def test_the_attention_is_the_one_that_is_asked_for(bert: Path) -> None:
+    chosen = config(bert, attention="eager")
+    model: Any = load_model(AutoModelForSequenceClassification, chosen)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_offline_asks_for_local_files_only() -> None:
+    asked: dict[str, Any] = {}
+
+    class Fake:
+        @staticmethod
+        def from_pretrained(source: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+            asked.update(options)
+            return nn.Linear(2, 2), {"missing_keys": [], "mismatched_keys": []}
+
+    load_model(Fake, config("owner/name", offline=True))
+    assert asked["local_files_only"] is True
+
+
+def test_a_base_that_is_not_in_the_cache_is_told_at_once_when_offline() -> None:
+    with pytest.raises(ModelError, match="nothing of it is in the local cache"):
+        load_config(config("nobody/no-such-base", offline=True))
