@@ -54,18 +54,18 @@ SENTIMENT = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "rolora")
 SST2 = {
     "task.name": "text-classification",
     "task.max-length": 32,
-    "task.samples": 4000,
+    "task.samples": 1200,
     "evaluate.samples": 300,
-    "evaluate.every": 16,
+    "evaluate.every": 8,
     "federation.partition": "dirichlet",
     "federation.concentration": 1.0,
-    "federation.rounds": 16,
-    "train.steps": 8,
+    "federation.rounds": 8,
+    "train.steps": 4,
     "train.batch-size": 8,
     "train.lr": 0.002,
     "compare.flexlora.train.lr": 0.002,
     "compare.rolora.train.lr": 0.002,
-    "compare.ffa-lora.train.lr": 0.008,
+    "compare.ffa-lora.train.lr": 0.004,
     "threads": 1,
 }
 STORIES = {
@@ -159,7 +159,7 @@ EXPERIMENTS = {
         ("base", "centralised"),
     ),
     "sst2": Experiment(
-        "sentiment of 4,000 sentences, six clients by Dirichlet 1 over labels, MiniLM",
+        "sentiment of 1,200 sentences, six clients by Dirichlet 1 over labels, MiniLM",
         SST2,
         SENTIMENT,
         ("base", "centralised"),
