@@ -3,7 +3,7 @@
     python benchmarks/packing.py
     python benchmarks/packing.py --quick    # on a tiny random model and made-up rows, in seconds
 
-FedGraft's own steps (client/trainer.py) on stories260K and GSM8K, from ../shared, at
+FedGraft's own steps (client/batch_gradient.py) on stories260K and GSM8K, from ../shared, at
 task.max-length 512: LoRA r=8 on all linear layers, AdamW, one thread. Both ways take the same
 batches from the same adapter, one step of one after one of the other, so that both meet the same
 machine; a useful token is one that the loss counts and no padding. A repeat is one pass over the
@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from client.trainer import backward
+from client.batch_gradient import backward
 from fedgraft.config import Config
 from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedgraft.adapter import Tensors, parse_factor
 from fedgraft.config import TrainConfig
+from fedgraft.devices import check_optimizer
 
 _SEPARATOR = "::"
 
@@ -29,6 +30,9 @@ def make_optimizer(
         settings: which optimizer, and its settings.
         rates: by factor, what the learning rate is multiplied by; the groups carry it as
             "multiplier".
+
+    Raises:
+        ConfigError: an optimizer that runs on CUDA only, and parameters elsewhere.
     """
     groups = [
         {"params": [parameter for _, parameter in members], "multiplier": multiplier}
@@ -45,6 +49,7 @@ def make_optimizer(
             fused=True,
         )
     if settings.optimizer != "adamw":
+        check_optimizer(settings.optimizer, next(iter(parameters.values())).device)
         import bitsandbytes
 
         kind = {

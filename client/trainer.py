@@ -6,7 +6,6 @@ of one client is left for the next; the frozen weights are never touched.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,23 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.batch_gradient import BatchGradient
 from client.latent import Latent
 from client.optimizers import make_optimizer, optimizer_tensors, rate_of, restore_optimizer
 from fedgraft.adapter import Adapter, Tensors, pad_rank, parse_factor
 from fedgraft.config import TrainConfig
-from fedgraft.devices import is_out_of_memory, release_memory
 from fedgraft.errors import DIVERGED, RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.schedule import learning_rate
 from fedgraft.seeds import forked_torch, stream, torch_seed
-from fedgraft.tasks.task import Batch, Examples, Task
+from fedgraft.tasks.task import Examples, Task
 from strategies.local import Trained, Training
 from strategies.ranks import cut_factor, ranks_of
 
-log = logging.getLogger(__name__)
-
-LOSS_SCALE = 4096.0
-"""What the loss is multiplied by in float16 at first."""
 PLAIN = Training()
 """The plain loop: both factors and all extras."""
 
@@ -153,7 +148,7 @@ class _Loop:
         rate: the learning rates of the steps so far, added up.
         latent: what trains in place of parameters that lie behind a basis.
         ranks: the client's own rank by factor, which the model's may be padded from.
-        scale: what the loss is multiplied by, so that float16 holds its gradients; else 1.
+        gradient: adds the gradient of a batch.
     """
 
     def __init__(
@@ -175,7 +170,9 @@ class _Loop:
             self.settings = work.settings.model_copy(update=update)
         self.steps = self.settings.steps_for(len(examples))
         self.rate = 0.0
-        self.scale = LOSS_SCALE if model.half_precision else 1.0
+        self.gradient = BatchGradient(
+            model, task, examples, parameters.values(), self.settings.micro_batch
+        )
         self.latent = Latent(parameters, work.how.bases)
         self.optimizer = make_optimizer(self.latent.leaves, self.settings, work.rates)
         if optimizer_state is not None:
@@ -218,7 +215,7 @@ class _Loop:
         settings, how = self.settings, self.work.how
         for parameter in self.parameters.values():
             parameter.grad = None
-        loss = self._gradient(indices)
+        loss = self.gradient.add(indices)
         if settings.proximal_mu:
             for name, parameter in self.parameters.items():
                 _add_proximal(parameter, self.start[name], settings.proximal_mu)
@@ -241,86 +238,11 @@ class _Loop:
                 parameter.copy_(torch.where(mask, parameter, self.start[name]))
         return loss
 
-    def _gradient(self, indices: np.ndarray) -> Tensor:
-        """Add one batch's gradient, in micro-batches as small as memory asks for; return its loss.
-
-        Raises:
-            RunError: memory does not suffice for a single example.
-        """
-        while True:
-            limits = (len(indices), self.settings.micro_batch, self.model.micro_batch)
-            size = min(limit for limit in limits if limit is not None)
-            try:
-                loss = backward(self.model, self.task, self.examples, indices, size, self.scale)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            else:
-                if not self._underflown():
-                    return loss
-                continue
-            # Here and not above, where the error still holds what had been allocated.
-            for parameter in self.parameters.values():
-                parameter.grad = None
-            release_memory(self.model.device)
-            if size == 1:
-                raise RunError(
-                    f"client {self.work.client} has not enough memory on {self.model.device} for "
-                    "one example",
-                    "Lower task.max-length, set model.gradient-checkpointing, or quantise the base "
-                    "(model.quantization).",
-                )
-            self.model.micro_batch = -(-size // 2)
-            log.warning("out of memory: going on with micro-batches of %d", self.model.micro_batch)
-
-    def _underflown(self) -> bool:
-        """Undo the scale of the gradients; whether it was too large, and has been halved.
-
-        Float16 holds no gradient below 6e-8, so the loss is scaled up first (Micikevicius et al.
-        2018, arXiv:1710.03740, section 3.2), as far as it overflows nowhere.
-        """
-        if self.scale == 1.0:
-            return False
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            for gradient in gradients:
-                gradient.div_(self.scale)
-            return False
-        self.scale /= 2.0
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        return True
-
     def kept(self) -> Tensors:
         """Return the optimizer's state where the config keeps it."""
         if self.settings.optimizer_state != "keep":
             return {}
         return optimizer_tensors(self.optimizer, self.latent.leaves)
-
-
-def backward(
-    model: ResidentModel,
-    task: Task,
-    examples: Examples,
-    indices: np.ndarray,
-    size: int,
-    scale: float = 1.0,
-) -> Tensor:
-    """Add `scale` times one batch's gradient; return its mean loss.
-
-    It goes through micro-batches of `size` examples, of equal weight per term.
-    """
-    parts: list[Batch] = [
-        model.to_device(examples.batch(indices[at : at + size]))
-        for at in range(0, len(indices), size)
-    ]
-    count = max(1, sum(task.count(part) for part in parts))
-    mean = torch.zeros((), device=model.device)
-    for part in parts:
-        loss = task.loss(model.model, part) / count
-        (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
-        mean += loss.detach()
-    return mean
 
 
 def batch_indices(examples: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

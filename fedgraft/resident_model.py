@@ -6,9 +6,8 @@ hashes them before and after whole federations.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,9 @@ from fedgraft.adapter import (
     parse_factor,
 )
 from fedgraft.attachment import attach
+from fedgraft.base import hash_base, load_base, train_in_float32
 from fedgraft.config import Config
-from fedgraft.devices import check_optimizer, pick_device, with_smaller_batches
+from fedgraft.devices import pick_device, with_smaller_batches
 from fedgraft.errors import ModelError
 from fedgraft.initialisation import Pair, dense_weight, derive_A, olora, orthogonal, pissa
 from fedgraft.registry import load_plugin
@@ -49,22 +49,6 @@ def load_task(config: Config) -> Task:
     """
     task: Task = load_plugin(TASKS, config.task.name, key="task.name")(config)
     return task
-
-
-def hash_base(model: nn.Module, quantised_as: str = "none") -> str:
-    """Return the base's identity: SHA-256 of its source tensors and quantisation settings.
-
-    Of a quantised base the packed bytes, which differ by machine, are left out; what they were made
-    of counts instead, and every tensor that is not quantised as it is.
-    """
-    total = hashlib.sha256(f"quantization={quantised_as}".encode())
-    if (source := quantization.source_of(model)) is not None:
-        total.update(f"\x1fsource={source}".encode())
-    packed = tuple(f"{name}." for name in quantization.quantised_modules(model))
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(packed) or name.endswith(".bias"):
-            quantization.hash_tensor(total, name, tensor)
-    return total.hexdigest()
 
 
 def default_threads(parameters: int) -> int:
@@ -90,8 +74,7 @@ class ResidentModel:
 
     def __init__(self, task: Task, config: Config) -> None:
         self.device = pick_device(config.model.device)
-        check_optimizer(config.train.optimizer, self.device)
-        base = _on_device(task, config, self.device)
+        base = load_base(task, config, self.device)
         self.base_hash = hash_base(base, quantization.describe(config.model))
         self.unquantised: dict[str, str] = {}
         if config.model.quantization != "none":
@@ -101,7 +84,7 @@ class ResidentModel:
             recompute_activations(base)
         self.model = attach(base, task, config).eval()
         if config.model.dtype != "float32":
-            _train_in_float32(self.model, task.extras)
+            train_in_float32(self.model, task.extras)
         self.init = config.adapter.init
         named = {
             _adapter_name(name): parameter
@@ -345,44 +328,6 @@ def _residency(config: Config) -> str:
     adapter = {key: value for key, value in tree["adapter"].items() if key != "from"}
     task_keys = {key: value for key, value in tree["task"].items() if key != "samples"}
     return repr((task_keys, tree["model"], adapter, config.threads))
-
-
-def _on_device(task: Task, config: Config, device: torch.device) -> nn.Module:
-    """Load the task's base onto the device.
-
-    Raises:
-        ModelError: it cannot be loaded, or `model.quantization` has quantised nothing of it.
-    """
-    base = task.load_base()
-    if config.model.quantization == "none":
-        # Before PEFT attaches: moving afterwards leaves optimizers on stale tensors.
-        return base.to(device)
-    if not quantization.quantised_modules(base):
-        raise ModelError(
-            f"model.quantization is {config.model.quantization!r}, and the base of task "
-            f"{config.task.name} has no linear layer that can be quantised",
-            'Set model.quantization to "none".',
-        )
-    return base
-
-
-def _train_in_float32(model: nn.Module, extras: Iterable[str]) -> None:
-    """Keep modules that are trained whole in float32 on a base of a narrower type.
-
-    The steps of an optimizer are lost in bfloat16; PEFT sees to the factors itself.
-    """
-    for name, module in model.named_modules():
-        if name.endswith(tuple(f"{extra}.modules_to_save.default" for extra in extras)):
-            module.float()
-            module.register_forward_pre_hook(_widen)
-
-
-def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook: give a float32 module float32 inputs."""
-    return tuple(
-        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in inputs
-    )
 
 
 def _adding(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedgraft.config import Config
+from fedgraft.devices import check_optimizer
 from fedgraft.errors import ConfigError
 from fedgraft.logs import hushed
 from fedgraft.memory_estimate import advice, estimate
@@ -43,6 +44,7 @@ def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Con
         if not is_resident(config):
             _tell_memory(task, config, say)
         model = resident_model(task, config)
+        check_optimizer(config.train.optimizer, model.device)
         if text := left_as_they_are(model.unquantised):
             say(text)
         if config.adapter.from_ is not None:

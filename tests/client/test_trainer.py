@@ -16,7 +16,7 @@ from plain_loop import PlainLoop
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client import trainer
+from client import batch_gradient, trainer
 from client.trainer import Assignment, LocalResult, batch_indices
 from fedgraft.adapter import Adapter, Tensors, parse_factor
 from fedgraft.config import Config, TrainConfig
@@ -449,7 +449,7 @@ def test_too_little_memory_for_one_example_is_said(
 ) -> None:
     monkeypatch.setattr(model, "micro_batch", None)
     short_of_memory(digits, monkeypatch, most=0)
-    with pytest.raises(RunError, match="not enough memory on cpu for one example"):
+    with pytest.raises(RunError, match="not enough memory on cpu to train on one example"):
         train(model, digits, digits.train(0), start, work())
 
 
@@ -474,7 +474,7 @@ def test_a_scaled_loss_trains_the_same(
 ) -> None:
     plain = train(model, digits, digits.train(0), start, work())
     monkeypatch.setattr(model, "half_precision", True)
-    monkeypatch.setattr(trainer, "LOSS_SCALE", scale)
+    monkeypatch.setattr(batch_gradient, "LOSS_SCALE", scale)
     scaled = train(model, digits, digits.train(0), start, work())
     assert scaled.loss == plain.loss
     assert differs(scaled.tensors, plain.tensors) < 1e-6
@@ -492,7 +492,7 @@ def test_float16_keeps_gradients_that_it_cannot_hold(
     monkeypatch.setattr(task, "loss", lambda model, batch: 1e-6 * loss(model, batch))
     moved = {}
     for scale in (1.0, 4096.0):
-        monkeypatch.setattr(trainer, "LOSS_SCALE", scale)
+        monkeypatch.setattr(batch_gradient, "LOSS_SCALE", scale)
         one = work(steps=1, optimizer="sgd", lr=1.0)
         trained = train(half, task, task.train(0), start, one).tensors
         changed = [float((trained[n] != start[n]).float().mean()) for n in trained if "lora_B" in n]

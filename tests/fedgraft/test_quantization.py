@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from fedgraft import quantization
+from fedgraft.base import hash_base
 from fedgraft.config import Config
 from fedgraft.errors import ModelError
-from fedgraft.resident_model import ResidentModel, hash_base, load_task
+from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.tasks.base_models import load_model, weight_files
 from fedgraft.tasks.task import Task
 

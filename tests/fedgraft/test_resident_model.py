@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from client.trainer import Assignment, train
 from fedgraft.adapter import Adapter, LoraLayer, natural_order, parse_factor
+from fedgraft.base import hash_base
 from fedgraft.config import Config
 from fedgraft.devices import pick_device
 from fedgraft.errors import ConfigError, ModelError
@@ -22,7 +23,6 @@ from fedgraft.resident_model import (
     SMALL_MODEL,
     ResidentModel,
     default_threads,
-    hash_base,
     load_task,
     resident_model,
     resident_task,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedgraft.base import hash_base
 from fedgraft.config import Config
-from fedgraft.resident_model import ResidentModel, hash_base, resident_model, resident_task
+from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.tasks.task import Task
 from simulations.engine import run_engine

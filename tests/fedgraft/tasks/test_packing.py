@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import save_llama, save_model, shared
 from torch import nn
 
-from client.trainer import backward
+from client.batch_gradient import backward
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.resident_model import ResidentModel
