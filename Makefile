@@ -35,6 +35,8 @@ benchmarks: .venv/installed  ## Measure against the rivals (results belong in BE
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/base_memory.py
+	$(BIN)/python benchmarks/training.py
 
 clean:  ## Remove what make created, runs excepted.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist

@@ -39,6 +39,26 @@ def test_packed_rows_train_as_padded_ones(
     assert "losses a token apart by" in printed and printed.count(": met") == 1
 
 
+def test_a_bases_bytes_are_told_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = load(monkeypatch, "base_memory")
+    assert memory.main(["--quick", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "nf4" in printed and "not measured on a GPU yet" in printed
+
+
+def test_local_training_has_the_plain_loops_loss(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = load(monkeypatch, "training")
+    assert training.main(["--quick"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "float32" in line]
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row.split("within ")[1].split()[0]) < 1e-5
+
+
 def test_every_rule_is_measured_and_is_its_dense_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
