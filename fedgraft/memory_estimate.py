@@ -25,6 +25,8 @@ STATE = {"sgd": 0, "adamw-8bit": 2, "paged-adamw": 0, "paged-adamw-8bit": 0}
 """Bytes a trained parameter of an optimizer's state on the device; AdamW's is 8."""
 _BLOCK_SCALE = {"nf4": 4.0 / 64, "nf4-double": 1.0 / 64 + 4.0 / (64 * 256)}
 """Bytes a weight for the scales of NF4's blocks."""
+_TABLES = {"nf4": 141, "nf4-double": 1257}
+"""Bytes a layer beside: NF4's 16 values, the 256 that scales may have, bitsandbytes' own note."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _stored(structure: nn.Module, config: Config, left: dict[str, str]) -> tuple
         if how == "int8":
             total += tensor.numel() + FLOAT32 * packed[tensor].out_features
         else:
-            total += tensor.numel() * (0.5 + _BLOCK_SCALE[how])
+            total += tensor.numel() * (0.5 + _BLOCK_SCALE[how]) + _TABLES[how]
     return round(total), count, largest
 
 

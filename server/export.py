@@ -270,7 +270,12 @@ def export_merged(directory: RunDirectory, to: Path, dtype: str = "float32") -> 
 
     _check_target(directory, to)
     with hushed():
-        whole = {"model.quantization": "none", "model.dtype": "float32"}
+        whole = {
+            "model.quantization": "none",
+            "model.dtype": "float32",
+            "model.attention": None,  # which this machine may not have, and a sum does not need
+            "train.packing": False,
+        }
         task = load_task(directory.config().with_overrides(whole))
         adapter = str(directory.adapter)
         merged: Any = PeftModel.from_pretrained(task.load_base(), adapter).merge_and_unload()

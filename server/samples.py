@@ -10,7 +10,7 @@ from fedgraft.errors import ConfigError
 from fedgraft.generation import write
 from fedgraft.resident_model import ResidentModel
 from fedgraft.run_directory import RunDirectory
-from fedgraft.tasks.questions import Question, as_it_stands
+from fedgraft.tasks.questions import Question
 from fedgraft.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def fixed_prompts(task: Task) -> Sequence[Question]:
     """
     settings = task.config.evaluate
     if settings.prompts is not None:
-        asked = [as_it_stands(prompt, task.writing().tokenizer) for prompt in settings.prompts]
+        asked = [task.asked(prompt) for prompt in settings.prompts]
         for question in asked:
             if not len(question.tokens):
                 raise ConfigError(

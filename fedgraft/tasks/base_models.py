@@ -117,10 +117,10 @@ def weight_files(config: Config) -> list[Path]:
             )
             return found
 
-        index = file(SAFE_WEIGHTS_INDEX_NAME, must=False)
-        names = [SAFE_WEIGHTS_NAME]
-        if index is not None:
-            names = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
+        if (whole := file(SAFE_WEIGHTS_NAME, must=False)) is not None:  # which is loaded first
+            return [Path(whole)]
+        index = Path(file(SAFE_WEIGHTS_INDEX_NAME) or "")
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         return [Path(path) for path in map(file, names) if path is not None]
 
     return _load(config, find)

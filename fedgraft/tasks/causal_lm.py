@@ -26,7 +26,7 @@ from fedgraft.tasks.base_models import load_config, load_model, load_tokenizer, 
 from fedgraft.tasks.chat import ChatWriter
 from fedgraft.tasks.packed_attention import packed_scores, way_of
 from fedgraft.tasks.packing import IGNORED
-from fedgraft.tasks.questions import Question, Writing, from_rows
+from fedgraft.tasks.questions import Question, Writing, as_it_stands, from_rows
 from fedgraft.tasks.records import PLACE, Report, refuse
 from fedgraft.tasks.rows import Encoded, RowsTask
 from fedgraft.tasks.sequences import (
@@ -221,6 +221,17 @@ class CausalLM(RowsTask):
         rows = table.select(range(min(limit, len(table))))
         writer = self.writer
         return from_rows([writer.write(row) for row in rows], self._tokenizer, whole=writer.whole)
+
+    def asked(self, prompt: str) -> Question:
+        """Return a prompt as a question: a user's, where the rows are conversations.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        self.tables  # noqa: B018 # which say how rows are written
+        writer = self.writer
+        text = writer.ask(prompt) if isinstance(writer, ChatWriter) else None
+        return as_it_stands(prompt, self._tokenizer, text)
 
     def writing(self) -> Writing:
         """Return the tokenizer, and what the base takes."""

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from fedgraft.errors import DataError
@@ -36,6 +37,14 @@ DEFAULT = (
 Plain words, since a tokenizer that was made for no chat has no tokens for ChatML's marks.
 """
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_FORMATS = ("%d %b %Y", "%Y-%m-%d", "%B %d, %Y", "%d %B %Y", "%d/%m/%Y", "%A, %B %d, %Y")
+_DAY = {form: date(2024, 7, 26).strftime(form) for form in _FORMATS}
+"""The day that templates which print one are told, the one that Llama 3's fall back to."""
+_CLOCK = (
+    f"{{%- macro strftime_now(form) -%}}{{{{ {_DAY}.get(form, '26 Jul 2024') }}}}{{%- endmacro -%}}"
+)
+"""Goes before a template that asks what day it is: tomorrow, on a resume, or on another client the
+clock's own answer would write other tokens."""
 _MARKS = ("\ue000\ue001", "\ue002\ue003")  # private characters: nobody's words begin with them
 
 
@@ -61,6 +70,8 @@ class ChatWriter:
         own = tokenizer is not None and tokenizer.chat_template is not None
         self.own, self.based = own, tokenizer is not None
         self.source: str = tokenizer.get_chat_template() if tokenizer and own else DEFAULT
+        if "strftime_now" in self.source:
+            self.source = _CLOCK + self.source
         self._marked = bool(_MARKED.search(self.source))
         if tokenizer is not None and not own:
             log.warning(
@@ -89,6 +100,20 @@ class ChatWriter:
             ) from None
         first = next((m["content"] for m in messages if m["role"] == "user"), "").strip()
         return Written(text, responses, opening=max(0, text.find(first)) if first else 0)
+
+    def ask(self, prompt: str) -> str:
+        """Return a user's words as a conversation that the assistant is to go on with.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        try:
+            return self._render([{"role": "user", "content": prompt}], prompt=True)[0]
+        except _RefusedError as error:
+            raise DataError(
+                f"the prompt {prompt!r} cannot be written by the chat template: {error}",
+                "Change evaluate.prompts, or choose a base with another chat template.",
+            ) from None
 
     def _find(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         if self._marked:

@@ -148,6 +148,9 @@ def _read_jsonl(source: str, raw: bytes, headerless: Sequence[str], report: Repo
             complaint = f"is not valid JSON: {error.msg} (column {error.colno})"
             report(broken(source, "line", place, complaint))
             continue
+        except RecursionError:
+            report(broken(source, "line", place, "is nested too deeply"))
+            continue
         if not isinstance(row, dict):
             report(broken(source, "line", place, "is not a JSON object in braces"))
             continue

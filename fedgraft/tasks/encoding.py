@@ -27,7 +27,7 @@ from fedgraft.tasks.token_store import Arrays
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = "1"
+VERSION = "2"
 """Of what `encode` makes of the same rows; a change of it needs another number."""
 _CHUNK = 1000  # rows tokenised in one call
 

@@ -32,7 +32,7 @@ def read_messages(value: Any) -> list[Message]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError("holds text that is no list of messages") from None
     if not value:
         raise ValueError("has no messages")

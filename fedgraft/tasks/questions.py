@@ -45,10 +45,19 @@ class Writing:
     positions: int | None = None
 
 
-def as_it_stands(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Question:
-    """Return a prompt as a question, with the tokens that the tokenizer puts in front of a text."""
-    ids = np.array(tokenizer(prompt)["input_ids"], dtype=np.int64)
-    return Question(prompt, _open_ended(ids, tokenizer))
+def as_it_stands(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, text: str | None = None
+) -> Question:
+    """Return a prompt as a question.
+
+    Args:
+        prompt: what is shown.
+        tokenizer: puts its special tokens in front of the prompt.
+        text: what is tokenised instead, where a chat template has written it, with special tokens.
+    """
+    coded = tokenizer(prompt) if text is None else tokenizer(text, add_special_tokens=False)
+    ids = np.array(coded["input_ids"], dtype=np.int64)
+    return Question(prompt, ids if text is not None else _open_ended(ids, tokenizer))
 
 
 def from_rows(

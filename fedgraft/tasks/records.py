@@ -136,6 +136,11 @@ class Rows:
         for name in other:
             value = row.get(name)
             checked[name] = None if value in (None, "") else str(value)
+        for name, kept in checked.items():
+            try:
+                (kept or "").encode()
+            except UnicodeEncodeError:
+                raise self._broken(place, f"holds half a character in column {name!r}") from None
         return checked
 
     def _messages(self, value: Any, name: str, place: int | str) -> str:

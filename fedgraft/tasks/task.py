@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
-from fedgraft.tasks.questions import Question, Writing
+from fedgraft.tasks.questions import Question, Writing, as_it_stands
 
 Direction = Literal["max", "min"]
 """Whether a larger or a smaller value of a metric is better."""
@@ -155,6 +155,10 @@ class Task(ABC):
     def writing(self) -> Writing:
         """Return what the model writes text with; raises as `questions` does."""
         raise self._no_text()
+
+    def asked(self, prompt: str) -> Question:
+        """Return a prompt as a question; raises as `questions` does."""
+        return as_it_stands(prompt, self.writing().tokenizer)
 
     def _no_text(self) -> ConfigError:
         return ConfigError(

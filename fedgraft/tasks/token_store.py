@@ -48,10 +48,11 @@ def cache_folder() -> Path | None:
     chosen = os.environ.get(VARIABLE, "")
     if chosen.lower() in ("off", "none", "0"):
         return None
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "fedgraft" / "tokens"
+    base = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
+    try:
+        return Path(chosen or f"{base}/fedgraft/tokens").expanduser()
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def key_of(parts: Iterable[str]) -> str:
@@ -94,10 +95,12 @@ def kept(size: int, identity: Callable[[], Iterable[str]], build: Callable[[], A
 
 def _open(entry: Path) -> Arrays | None:
     """Map an entry; None where it is not there or not whole."""
-    if not entry.is_dir():
-        return None
     try:
+        if not entry.is_dir():
+            return None
         contents: dict[str, int] = json.loads((entry / _CONTENTS).read_bytes())
+        if not contents:
+            raise ValueError("it names no array")
         arrays: Arrays = {}
         for name, checksum in contents.items():
             path = entry / f"{name}.npy"

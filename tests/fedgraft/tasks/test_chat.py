@@ -210,3 +210,23 @@ def test_stories260k_writes_conversations_by_the_default(tmp_path: Path) -> None
     ids, labels = examples.tokens[0], examples.labels[0]
     assert ids[0] == 1 and list(ids).count(2) == 2
     assert task._tokenizer.decode(ids[labels != IGNORED]) == "two</s> hello</s>"
+
+
+def test_a_template_that_prints_the_day_prints_the_same_every_day(llama: Path) -> None:
+    dated = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}Today: {{ date_string }} " + CHATML
+    )
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = dated
+    written = ChatWriter("chat", tokenizer).write({"chat": json.dumps(messages(TALK))})
+    assert written.text.startswith("Today: 26 Jul 2024 ")
+
+
+def test_a_prompt_is_asked_as_a_user_would(llama: Path, tmp_path: Path) -> None:
+    task = make(llama, write(tmp_path, [{"messages": messages(TALK)}] * 12, "jsonl"))
+    question = task.asked("say bye")
+    assert question.prompt == "say bye"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    expected = "<s>User: say bye\nAssistant:"  # the default template, with its special token once
+    assert question.tokens.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]

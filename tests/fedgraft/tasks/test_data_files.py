@@ -117,3 +117,17 @@ def test_sst2() -> None:
     sizes = {name: len(read_rows(folder / name, PAIR)) for name in ("train.tsv", "dev.tsv")}
     # Stanford's own sizes. The last line ends without a newline, so `wc -l` says one less.
     assert sizes == {"train.tsv": 6920, "dev.tsv": 872}
+
+
+def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "half \\ud800"}\n')
+    with pytest.raises(DataError, match=r"line 2 holds half a character in column 'text'"):
+        read_rows(path).table(Columns(text=("text",)))
+
+
+def test_what_is_nested_too_deeply_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 2 is nested too deeply"):
+        read_rows(path)

@@ -58,7 +58,9 @@ def test_only_its_owner_may_read(cache: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
 
 
-@pytest.mark.parametrize("harm", ["cut", "flipped", "no contents", "broken contents", "missing"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "flipped", "no contents", "empty contents", "broken contents", "missing"]
+)
 def test_a_broken_entry_is_built_anew(cache: Path, harm: str) -> None:
     build = Built()
     ask(build)
@@ -72,6 +74,8 @@ def test_a_broken_entry_is_built_anew(cache: Path, harm: str) -> None:
         tokens.unlink()
     elif harm == "no contents":
         (entry / "contents.json").unlink()
+    elif harm == "empty contents":
+        (entry / "contents.json").write_text("{}")
     else:
         (entry / "contents.json").write_text("[")
     assert np.array_equal(ask(build)["tokens"], np.arange(1000)) and build.times == 2
@@ -186,3 +190,23 @@ def test_texts_to_classify_are_kept_too(cache: Path, tmp_path: Path) -> None:
         batch = examples.batch(np.arange(len(examples)))
         assert batch["attention_mask"].sum(1).tolist() == [4 - n for n in batch["labels"].tolist()]
     assert len(list(cache.iterdir())) == 2  # a split each, whichever comes first
+
+
+def test_a_folder_that_may_not_be_read_changes_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    build = Built()
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert len(ask(build)["tokens"]) == 1000
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FEDGRAFT_TOKEN_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert cache_folder() is None
