@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -173,12 +174,28 @@ def base_name(comparison: Comparison) -> str:
     return "base" if any(row["name"] == "base" for row in comparison["references"]) else START
 
 
-def results_table(comparison: Comparison) -> Table:
+WORST, TIME = "worst\nclient", "time,\ns"
+SPARED = (WORST, TIME)
+"""Columns that the report has, too, in the order in which a narrow screen does without them."""
+
+
+def fitting_table(comparison: Comparison, console: Console) -> Table:
+    """Return `results_table` without the columns that a narrow console has no room for."""
+    table = results_table(comparison)
+    for count in range(1, len(SPARED) + 1):
+        if console.measure(table).maximum <= console.width:
+            break
+        table = results_table(comparison, SPARED[:count])
+    return table
+
+
+def results_table(comparison: Comparison, without: Collection[str] = ()) -> Table:
     """Return the table that the screen shows when a run or a comparison has finished.
 
     Args:
         comparison: what `statistics.build_comparison` returns; of one run for `simulate`. Columns
             that would be empty are left out.
+        without: titles of more columns to leave out.
     """
     unit = _unit(comparison)
     rows = strategy_rows(comparison)
@@ -190,12 +207,16 @@ def results_table(comparison: Comparison) -> Table:
         ),
         (f"over\n{base_name(comparison)}", [row.gain for row in rows]),
         ("short of\ncentral.", [row.short for row in rows]),
-        ("worst\nclient", [row.worst for row in rows]),
+        (WORST, [row.worst for row in rows]),
         ("MB\nsent", [row.sent for row in rows]),
         ("epsilon", [row.epsilon for row in rows]),
-        ("time,\ns", [row.wall for row in rows]),
+        (TIME, [row.wall for row in rows]),
     ]
-    shown = [(title, cells) for title, cells in columns if any(c != NOTHING for c in cells)]
+    shown = [
+        (title, cells)
+        for title, cells in columns
+        if title not in without and any(c != NOTHING for c in cells)
+    ]
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,

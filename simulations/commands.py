@@ -181,13 +181,13 @@ def _show_run(directory: RunDirectory, as_json: bool) -> None:
 
 
 def _show(result: dict[str, Any], path: Path) -> None:
-    from server.table import results_table
+    from server.table import fitting_table
     from server.verdict import verdict
 
     console = Console()
     whole = not console.is_terminal  # a terminal breaks lines between words, a pipe not at all
     console.print()
-    console.print(results_table(result))
+    console.print(fitting_table(result, console))
     for line in verdict(result).split("\n"):
         console.print(line, highlight=False, markup=False, soft_wrap=whole)
     console.print(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from whole_runs import crash_and_resume, logits_here_and_in_peft, run, weights
 
+from fedgraft import load_run
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
-from fedgraft.library import load_run
 from fedgraft.run_directory import RunDirectory
 from server.checkpoint import Checkpoints
 from simulations.references import reference

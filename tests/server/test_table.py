@@ -9,13 +9,13 @@ from rich.console import Console
 from synthetic_runs import write_comparison, write_run
 
 from server.statistics import build_comparison
-from server.table import REFERENCE_WORDS, reference_rows, results_table, strategy_rows
+from server.table import REFERENCE_WORDS, fitting_table, reference_rows, strategy_rows
 
 
 def printed(comparison: dict[str, Any], width: int = 80) -> list[str]:
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(results_table(comparison))
+        console.print(fitting_table(comparison, console))
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -59,6 +59,22 @@ def test_it_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
         words = [line.split()[0] for line in lines if line and line[0].isalpha()]
         rows = ["fedavg", "ffa-lora", "lora-fair", "base", "alone", "centralised"]
         assert words[-6:] == rows
+
+
+def test_a_narrow_screen_does_without_columns_and_cuts_none(tmp_path: Path) -> None:
+    comparison = write_comparison(tmp_path / "c", rounds=1)
+    for run in comparison["runs"]:
+        run["client_metric"] = {"worst": 0.644, "best": 0.8, "mean": 0.7, "sd": 0.05}
+        run["wall_seconds"] = 123.0
+    titles = []
+    for width in (200, 80, 70):
+        text = "\n".join(printed(comparison, width))
+        whole = {"worst": "64.4%", "time,": "123"}
+        for title, cell in whole.items():
+            assert (title in text) == (text.count(cell) >= 3)
+        assert "sent" in text and "interval" in text
+        titles.append([title for title in whole if title in text])
+    assert titles == [["worst", "time,"], ["time,"], []]
 
 
 def test_one_run_has_no_empty_columns(tmp_path: Path) -> None:
