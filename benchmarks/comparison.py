@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.config import Config, parse_settings
+from fedgraft.config import Config
 from fedgraft.run_directory import PLAN_FILE
+from fedgraft.settings import parse_settings
 from server.results import read_results
 from server.series import EXACT, bias_by_round
 from server.table import reference_rows, strategy_rows

@@ -8,7 +8,6 @@ key. The defaults run: the digits task, six clients, FedAvg.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -25,14 +24,12 @@ from pydantic import (
 )
 
 from fedgraft.config_errors import config_error
-from fedgraft.errors import ConfigError
+from fedgraft.settings import parse_settings, put, read_toml, unflatten
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 RUN_CONFIG_KEY = "fedgraft.config"
 """The one key under which a resolved config travels as JSON in Flower's run config."""
-_PATTERNS = ("adapter.rank-pattern", "adapter.alpha-pattern")
-"""Keys whose values are tables by names that may have dots in them."""
 RECORDED = ("run", "versions")
 """Tables of a run directory's config.toml that are a record of the run and not its config."""
 
@@ -286,7 +283,7 @@ class Config(Group):
         """Return the config with dotted keys replaced, checked anew."""
         tree = self.to_dict()
         for key, value in overrides.items():
-            _set(tree, key, value)
+            put(tree, key, value)
         return Config.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -309,7 +306,7 @@ class Config(Group):
             ConfigError: an unknown key (the nearest valid one is named), a wrong type or value.
         """
         try:
-            return cls.model_validate(_unflatten(tree))
+            return cls.model_validate(unflatten(tree))
         except ValidationError as error:
             raise config_error(error, known_keys(), source) from None
 
@@ -328,7 +325,7 @@ class Config(Group):
             for table in RECORDED:
                 tree.pop(table, None)
         for key, value in parse_settings(settings).items():
-            _set(tree, key, value)
+            put(tree, key, value)
         return cls.from_dict(tree, source=str(path) if path else "")
 
     @classmethod
@@ -347,51 +344,6 @@ def _from_json(text: str) -> Config:
     return Config.from_dict(json.loads(text))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ConfigError: there is no such file, or it is not TOML (with the line).
-    """
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}", "Check the path.") from None
-    except IsADirectoryError:
-        raise ConfigError(
-            f"{path} is a folder, not a config file", "Name a .toml file in it, or use --resume."
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", "Mend that line.") from None
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Parse `key=value` settings; a value is read as TOML and, where it is none, as text.
-
-    Raises:
-        ConfigError: a setting without a key or an equals sign.
-    """
-    parsed: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(
-                f"--set {setting!r} is not key=value", "Write it like --set train.lr=0.01."
-            )
-        parsed[key.strip()] = parse_value(text.strip())
-    return parsed
-
-
-def parse_value(text: str) -> Any:
-    """Read one value as TOML; what is no TOML is text, so names need no quotes."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text  # of several lines, each like a key
-
-
 def known_keys() -> list[str]:
     """Return every key of the config as users write it."""
     keys: list[str] = []
@@ -406,36 +358,3 @@ def known_keys() -> list[str]:
         else:
             keys.append(written)
     return keys
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *groups, leaf = key.split(".")
-    for group in groups:
-        inner = tree.setdefault(group, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"config key {key} cannot be set: {group} is not a group of keys")
-        tree = inner
-    tree[leaf] = value
-
-
-def _unflatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested groups; what is nested already stays."""
-    nested: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and isinstance(nested.get(key), dict):
-            for inner, leaf in value.items():
-                _set(nested, f"{key}.{inner}", leaf)
-        else:
-            _set(nested, key, dict(value) if isinstance(value, Mapping) else value)
-    return nested
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested groups into dotted keys, the form that `--set` and `with_overrides` take."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and not f"{prefix}{key}".endswith(_PATTERNS):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -51,9 +51,10 @@ def data(
     """
     from rich.console import Console
 
-    from fedgraft.config import Config, parse_settings, read_toml
+    from fedgraft.config import Config
     from fedgraft.errors import ConfigError
     from fedgraft.logs import hushed
+    from fedgraft.settings import parse_settings, read_toml
     from fedgraft.tasks.data_files import READERS
     from fedgraft.tasks.folders import DOCUMENTS
     from fedgraft.tasks.hub import local_path

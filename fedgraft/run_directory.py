@@ -25,9 +25,10 @@ from typing import Any
 
 import tomli_w
 
-from fedgraft.config import RECORDED, Config, read_toml
+from fedgraft.config import RECORDED, Config
 from fedgraft.errors import ConfigError, RunError
 from fedgraft.files import disk_errors, write_json, write_text
+from fedgraft.settings import read_toml
 
 OUT_KEY = "fedgraft.out"
 """Key of Flower's run config that holds the run directory's path."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedgraft.config import flatten
+from fedgraft.settings import flatten
 from server.results import Results, Run
 from server.series import clients_at_chosen_round, natural
 from server.units import NOTHING, Unit, clip, listed, number, ranges

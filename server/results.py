@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedgraft.config import read_toml
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import PLAN_FILE, RunDirectory
+from fedgraft.settings import read_toml
 from server.statistics import (
     Comparison,
     build_comparison,

@@ -17,8 +17,9 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from fedgraft.config import Config, parse_settings, parse_value
+from fedgraft.config import Config
 from fedgraft.errors import ConfigError, FedGraftError, RunError
+from fedgraft.settings import parse_settings, parse_value
 from server.screen import Screen, busy
 
 if TYPE_CHECKING:

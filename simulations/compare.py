@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedgraft.config import Config, flatten
+from fedgraft.config import Config
 from fedgraft.errors import FedGraftError, RunError
 from fedgraft.files import write_json, write_text
 from fedgraft.logs import hushed
 from fedgraft.run_directory import PLAN_FILE, RunDirectory
+from fedgraft.settings import flatten
 from server.screen import Screen, busy
 from server.statistics import build_comparison
 from simulations.check import check

@@ -11,9 +11,10 @@ from typing import Any
 
 import tomli_w
 
-from fedgraft.config import Config, flatten, read_toml
+from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import PLAN_FILE
+from fedgraft.settings import flatten, read_toml
 from simulations.references import NAMES, is_tuned
 from strategies.registry import option_names, rule_names
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgraft.config import Config, flatten
+from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import RunDirectory
+from fedgraft.settings import flatten
 from server.plots import save_plots
 from server.report import write_report
 from simulations.check import check

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedgraft.config import Config, flatten, known_keys
+from fedgraft.config import Config, known_keys
+from fedgraft.settings import flatten
 from strategies.registry import rule_names
 
 ROOT = Path(__file__).parent.parent

@@ -11,17 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedgraft.config import (
-    RUN_CONFIG_KEY,
-    Config,
-    flatten,
-    known_keys,
-    parse_settings,
-    parse_value,
-    read_toml,
-)
+from fedgraft.config import RUN_CONFIG_KEY, Config, known_keys
 from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
+from fedgraft.settings import flatten, parse_settings, parse_value, read_toml
 
 
 def complaint(tree: dict[str, Any], **options: str) -> str:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from miniature import HEAD, Server, world
 
 from fedgraft.adapter import factor_name
-from fedgraft.config import Config, ConfigError
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.local import beside
 from strategies.registry import build_rule
 from strategies.sketched_svd import leading, probes, sketch_sizes

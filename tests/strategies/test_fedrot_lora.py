@@ -13,7 +13,7 @@ from miniature import Miniature, Server, world
 from torch import Tensor
 
 from fedgraft.adapter import Tensors, factor_name
-from fedgraft.config import ConfigError
+from fedgraft.errors import ConfigError
 from strategies.fedrot_lora import nearest_rotation, soft_rotation
 from strategies.local import LocalUpdate, Trained
 from strategies.registry import build_rule

@@ -8,7 +8,7 @@ import torch
 from miniature import HEAD, Server, world
 
 from fedgraft.adapter import Adapter, LoraLayer, factor_name
-from fedgraft.config import ConfigError
+from fedgraft.errors import ConfigError
 from strategies.local import Trained
 from strategies.registry import build_rule
 

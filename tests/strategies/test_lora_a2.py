@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from miniature import HEAD, Server, world
 
 from fedgraft.adapter import factor_name
-from fedgraft.config import Config, ConfigError
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.aggregation import aggregate
 from strategies.lora_a2 import rank_scores
 from strategies.ranks import by_rank, cut_adapter

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rounds_by_hand import EXTRA, number, product_of, products, scalars, size_of
 
 from fedgraft.adapter import Adapter, Tensors
-from fedgraft.config import Config, ConfigError
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.registry import build_rule
 from strategies.robust import clients_a_round
 from strategies.sampling import sample_size

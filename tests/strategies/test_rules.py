@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from rows import ROWS, Row
 
 from fedgraft.adapter import Adapter, LoraLayer
-from fedgraft.config import ConfigError
+from fedgraft.errors import ConfigError
 from strategies.options import SteppedOptions
 from strategies.registry import build_rule, rule_names
 from strategies.rule import SumOnlyRule

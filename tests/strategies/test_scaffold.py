@@ -10,7 +10,8 @@ import torch
 from miniature import HEAD, Miniature, Server, world
 
 from fedgraft.adapter import Tensors, factor_name
-from fedgraft.config import Config, ConfigError
+from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.local import beside
 from strategies.registry import build_rule
 

@@ -11,7 +11,7 @@ import torch
 from federations import LAYER, Federation, federation
 
 from fedgraft.adapter import Tensors
-from fedgraft.config import ConfigError
+from fedgraft.errors import ConfigError
 from server.checkpoint import Checkpoint, Checkpoints
 from strategies.aggregation import Aggregated, aggregate
 from strategies.registry import build_rule
