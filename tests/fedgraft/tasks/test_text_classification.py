@@ -168,8 +168,8 @@ def test_dirichlet_goes_by_the_column_that_is_named(bert: Path, tmp_path: Path) 
         for column in ("label", "topic"):
             most[column] += max(Counter(dealt[column]).values())
         assert "topic" in task.describe(client)
-    # clients hold hardly more than one topic each, and labels stay as even as they were
-    assert most["topic"] > 0.8 * len(table) and most["label"] < 0.6 * len(table)
+    # topics (a third each) lean to one client, and labels stay as even as they were
+    assert most["topic"] > 0.6 * len(table) > most["label"]
 
 
 def test_describe_by_label(bert: Path, reviews: Path) -> None:
