@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 
+from fedgraft.settings import parse_settings
+
 HOSTILE = (0, 1, 2)
 RULES = (
     "fedavg",
@@ -54,13 +56,14 @@ class Trial:
     rule: str
     attack: str
     seed: int
-    rounds: int
+    settings: tuple[tuple[str, Any], ...]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    settings = tuple({"federation.rounds": args.rounds, **parse_settings(args.set)}.items())
     trials = [
-        Trial(rule, attack, seed, args.rounds)
+        Trial(rule, attack, seed, settings)
         for rule, attack, seed in itertools.product(args.rules, ATTACKS, args.seeds)
     ]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
@@ -84,6 +87,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="draw the table as bars, into this file")
     parser.add_argument("--quick", action="store_true", help="see that it runs, judge nothing")
@@ -108,11 +112,11 @@ def accuracy(trial: Trial) -> float:
         "seed": trial.seed,
         "federation.clients": 10,
         "federation.partition": "iid",
-        "federation.rounds": trial.rounds,
-        "evaluate.every": trial.rounds,
         "evaluate.clients": False,
         "threads": 1,
+        **dict(trial.settings),
     }
+    settings["evaluate.every"] = settings["federation.rounds"]
     with tempfile.TemporaryDirectory() as folder:
         directory = prepare(Config().with_overrides(settings), Path(folder) / "run")
         config = directory.config()
