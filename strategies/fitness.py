@@ -21,6 +21,7 @@ def check_rule(rule: Rule, config: Config) -> None:
         if not isinstance(federation.ranks, str):
             check_ranks(federation.ranks, federation.clients, config.adapter.rank)
     _check_adapter(rule, config)
+    _check_noise(rule, config)
     rule.check(config)
 
 
@@ -61,6 +62,75 @@ def _check_adapter(rule: Rule, config: Config) -> None:
                 f"{found} is set, and clients of {rule.name} lower one rank that all layers have",
                 f"Leave {found} out, or use fedavg or flexlora.",
             )
+
+
+def _check_noise(rule: Rule, config: Config) -> None:
+    """Refuse privacy by client, or local noise, where it would not hold or not do with the rule.
+
+    Raises:
+        ConfigError: what in the rule or in the config it is.
+    """
+    mode, federation = config.privacy.mode, config.federation
+    if mode == "client":
+        check_client_privacy(rule, mixed_ranks=federation.ranks is not None)
+        if federation.sampling == "fixed" and federation.fraction < 1.0:
+            raise ConfigError(
+                f'privacy.mode is "client", and federation.fraction {federation.fraction:g} with '
+                'federation.sampling "fixed" does not sample each client by itself, which the '
+                "account of what is spent counts on",
+                'Set federation.sampling to "poisson".',
+            )
+    if mode != "local":
+        return
+    found = f'privacy.mode is "{mode}", and {rule.name}'
+    if rule.capabilities.personal:
+        raise ConfigError(
+            f"{found} is judged by what clients measure of their own parts, which no noise covers",
+            "Use fedavg, or any other rule that leaves nothing on the clients.",
+        )
+    if not rule.capabilities.noise:
+        raise ConfigError(
+            f"{found} adds up over rounds what clients send, noise and all, beside what they keep",
+            "Use fedavg, ffa-lora, lora-fair or rolora by itself.",
+        )
+    if rule.prunes:
+        raise ConfigError(
+            f"{found} lets a client choose its rank by its data, and the size of what it sends "
+            "would tell it",
+            "Use fedavg or flexlora, which mix ranks that are given.",
+        )
+
+
+def check_client_privacy(rule: Rule, *, mixed_ranks: bool) -> None:
+    """Refuse a rule that clipped and noised sums do not make private by client.
+
+    Args:
+        rule: the rule, its options set.
+        mixed_ranks: the clients' ranks differ.
+
+    Raises:
+        ConfigError: the reason, with the rules that work.
+    """
+    able_rule = rule.capabilities
+    remedy = f"Use one of {able('client_privacy')}."
+    if not able_rule.client_privacy:
+        if not able_rule.sum_only:
+            reason = "needs every client's own factors, and noise on a sum covers sums only"
+            remedy = (
+                f'{remedy[:-1]}; or set privacy.mode to "example" or "local", where clients add '
+                "the noise and every rule works on what is private already."
+            )
+        elif able_rule.personal:
+            reason = "is judged by what clients measure of their own parts, which no noise covers"
+        else:
+            reason = "adds up over rounds what clients send, noise and all, beside what they keep"
+        raise ConfigError(f'privacy.mode is "client", and {rule.title} {reason}', remedy)
+    if mixed_ranks:
+        raise ConfigError(
+            'privacy.mode is "client" and federation.ranks is set: which ranks a round holds would '
+            "tell who was sampled",
+            "Leave federation.ranks out.",
+        )
 
 
 def check_mixed_ranks(rule: Rule, setting: str) -> None:
