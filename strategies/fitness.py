@@ -21,6 +21,7 @@ def check_rule(rule: Rule, config: Config) -> None:
         if not isinstance(federation.ranks, str):
             check_ranks(federation.ranks, federation.clients, config.adapter.rank)
     _check_adapter(rule, config)
+    check_privacy(rule, config)
     rule.check(config)
 
 
@@ -61,6 +62,52 @@ def _check_adapter(rule: Rule, config: Config) -> None:
                 f"{found} is set, and clients of {rule.name} lower one rank that all layers have",
                 f"Leave {found} out, or use fedavg or flexlora.",
             )
+
+
+def check_privacy(rule: Rule, config: Config) -> None:
+    """Refuse what a guarantee for every example could not cover; a client asks this itself, too.
+
+    Whatever else a rule does on a client (rotations, sparse updates, control variates), it does to
+    what DP-SGD made, and so does everything on the server: that is post-processing.
+
+    Raises:
+        ConfigError: names what works.
+    """
+    if config.privacy.mode != "example":
+        return
+    mode = 'privacy.mode is "example"'
+    if rule.capabilities.personal:
+        raise ConfigError(
+            f"{mode}, and what {rule.name} leaves on the clients is judged by metrics of their own "
+            "data, which have no noise",
+            f"Use one of {_trains_privately()}.",
+        )
+    if not rule.capabilities.one_training:
+        raise ConfigError(
+            f"{mode}, and clients of {rule.name} look at their data beside one training a round",
+            f"Use one of {_trains_privately()}.",
+        )
+    if config.train.packing:
+        raise ConfigError(
+            f"{mode}, and train.packing lays several examples into one sequence",
+            "Set train.packing to false.",
+        )
+    if config.adapter.type == "dora":
+        raise ConfigError(
+            f'{mode}, and no example\'s own gradient of the magnitudes of adapter.type "dora" is '
+            "known",
+            'Set adapter.type to "lora" or "rslora".',
+        )
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            f"{mode}, and gradients of single examples leave the range of model.dtype float16",
+            'Set model.dtype to "bfloat16" or "float32".',
+        )
+
+
+def _trains_privately() -> str:
+    personal = able("personal").split(", ")
+    return ", ".join(name for name in able("one_training").split(", ") if name not in personal)
 
 
 def check_mixed_ranks(rule: Rule, setting: str) -> None:

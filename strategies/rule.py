@@ -53,6 +53,7 @@ class Capabilities:
             stands outside the norm that they scale.
         any_start: factors may start from a product that is not zero, with what takes it away
             beside the base: no rule drops a part of it or takes it for something learned.
+        one_training: in a round a client sees its data in one training, and not besides.
     """
 
     sum_only: bool
@@ -65,6 +66,7 @@ class Capabilities:
     server_optimizer: bool = False
     dora: bool = True
     any_start: bool = True
+    one_training: bool = True
 
 
 @dataclass(frozen=True)
