@@ -255,6 +255,14 @@ class PrivacyConfig(Group):
     adaptive_clip: bool = False  # client: the clip follows the median of the updates' norms
     accountant: Literal["rdp", "pld"] = "rdp"  # pld: tighter and slower
 
+    @property
+    def against_server(self) -> bool:
+        """Whether the server is one of those whom the data are protected against.
+
+        Then no client tells it how many examples it has, their labels, or a loss or metric of them.
+        """
+        return self.mode in ("example", "local")
+
     @model_validator(mode="after")
     def _one_amount(self) -> PrivacyConfig:
         if self.mode == "none":

@@ -62,5 +62,9 @@ class PrivacyError(FedGraftError):
     """A privacy guarantee that cannot be given."""
 
 
+class BudgetSpentError(RunError):
+    """A round without enough updates, for no other reason than that budgets are spent."""
+
+
 class DiskFullError(RunError):
     """The disk of this process is full: where client and server share it, the run cannot go on."""

@@ -232,6 +232,8 @@ def versions(results: Results) -> list[tuple[str, str]]:
 def _notes(run: Run) -> Iterable[str]:
     if run.summary.get("stopped_early"):
         yield "Stopped early: validation had not improved for evaluate.patience evaluations."
+    if run.summary.get("budget_spent"):
+        yield "Stopped early: the clients had no privacy budget left for another round."
     for note in run.summary.get("notes") or ():
         yield str(note)
     for record in run.rounds.values():

@@ -144,7 +144,12 @@ class FederatedRun(RoundHooks):
 
     @property
     def _clients_evaluate(self) -> bool:
-        """Whether clients are asked; nobody else has the whole of what a personal rule trains."""
+        """Whether clients are asked; nobody else has the whole of what a personal rule trains.
+
+        Under privacy they are not: what they would say of their own data has no noise.
+        """
+        if self.config.privacy.against_server:
+            return False
         return self.config.evaluate.clients or self.rule.capabilities.personal
 
     def _initial_adapter(self) -> Adapter:
@@ -182,6 +187,12 @@ class FederatedRun(RoundHooks):
             strategy=self.config.strategy.name,
             seed=self.config.seed,
         )
+        if self.config.privacy.against_server and self.config.evaluate.clients:
+            log.info(
+                "privacy.mode is %s: evaluate.clients is passed over, since metrics of the "
+                "clients' own data would tell of them without noise",
+                self.config.privacy.mode,
+            )
         if self.books is not None:
             return
         metrics = self._test(outcome.state.adapter, outcome.test)
@@ -285,6 +296,18 @@ class FederatedRun(RoundHooks):
         if "examples" in found:
             found["examples"] = sum(report.examples for report in reports.values())
         return found
+
+    def on_budget_spent(self, outcome: RoundOutcome) -> None:
+        """End the run early: look at the last round if nobody has, and save it."""
+        assert self.books is not None
+        round = outcome.state.round
+        if round % self.config.evaluate.every:
+            metric = self._validate(outcome)[self.task.metric]
+            self.books = self.books.after_evaluation(self.task, round, metric)
+            if self.books.best_round == round:
+                self.best = outcome.state.adapter
+        self.books = replace(self.books, budget_spent=True)
+        self._save(outcome)
 
     def on_end(self, test: Mapping[str, ClientReport]) -> None:
         """Remember what the clients' own parts reached on the test split, where there are some."""

@@ -25,6 +25,7 @@ class Bookkeeping:
         best: that metric.
         stale: evaluations since then.
         stopped_early: patience ran out.
+        budget_spent: the clients' privacy budget ran out.
         wall_seconds: over all sessions, evaluation and checkpoints included.
         descriptions: what each client says its data is.
     """
@@ -34,6 +35,7 @@ class Bookkeeping:
     best: float | None = None
     stale: int = 0
     stopped_early: bool = False
+    budget_spent: bool = False
     wall_seconds: float = 0.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
     initial_metrics: Mapping[str, float] = field(default_factory=dict)
@@ -92,6 +94,7 @@ def summarise(
         "validation_best": books.best,
         "stopped_early": books.stopped_early,
         "patience": config.evaluate.patience,
+        "budget_spent": books.budget_spent,
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "wall_seconds": round(books.wall_seconds, 3),

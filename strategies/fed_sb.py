@@ -89,7 +89,7 @@ class FedSB(SumOnlyRule):
     name = "fed-sb"
     title = "Fed-SB"
     citation = "Singhal et al., 2025, arXiv:2502.15436"
-    capabilities = Capabilities(sum_only=True, exact=True, any_start=False)
+    capabilities = Capabilities(sum_only=True, exact=True, any_start=False, one_training=False)
     Options = FedSBOptions
     options: FedSBOptions
 

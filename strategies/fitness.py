@@ -21,7 +21,7 @@ def check_rule(rule: Rule, config: Config) -> None:
         if not isinstance(federation.ranks, str):
             check_ranks(federation.ranks, federation.clients, config.adapter.rank)
     _check_adapter(rule, config)
-    _check_noise(rule, config)
+    check_privacy(rule, config)
     rule.check(config)
 
 
@@ -64,14 +64,18 @@ def _check_adapter(rule: Rule, config: Config) -> None:
             )
 
 
-def _check_noise(rule: Rule, config: Config) -> None:
-    """Refuse privacy by client, or local noise, where it would not hold or not do with the rule.
+def check_privacy(rule: Rule, config: Config) -> None:
+    """Refuse what the guarantee of `privacy.mode` could not cover; a client asks this itself, too.
 
     Raises:
-        ConfigError: what in the rule or in the config it is.
+        ConfigError: names what works.
     """
     mode, federation = config.privacy.mode, config.federation
-    if mode == "client":
+    if mode == "example":
+        _check_example_privacy(rule, config)
+    elif mode == "local":
+        _check_local_privacy(rule)
+    elif mode == "client":
         check_client_privacy(rule, mixed_ranks=federation.ranks is not None)
         if federation.sampling == "fixed" and federation.fraction < 1.0:
             raise ConfigError(
@@ -80,9 +84,61 @@ def _check_noise(rule: Rule, config: Config) -> None:
                 "account of what is spent counts on",
                 'Set federation.sampling to "poisson".',
             )
-    if mode != "local":
-        return
-    found = f'privacy.mode is "{mode}", and {rule.name}'
+
+
+def _check_example_privacy(rule: Rule, config: Config) -> None:
+    """Refuse what a guarantee for every example could not cover.
+
+    Whatever else a rule does on a client (rotations, sparse updates, control variates), it does to
+    what DP-SGD made, and so does everything on the server: that is post-processing.
+
+    Raises:
+        ConfigError: names what works.
+    """
+    mode = 'privacy.mode is "example"'
+    if rule.capabilities.personal:
+        raise ConfigError(
+            f"{mode}, and what {rule.name} leaves on the clients is judged by metrics of their own "
+            "data, which have no noise",
+            f"Use one of {_trains_privately()}.",
+        )
+    if not rule.capabilities.one_training:
+        raise ConfigError(
+            f"{mode}, and clients of {rule.name} look at their data beside one training a round",
+            f"Use one of {_trains_privately()}.",
+        )
+    if config.train.packing:
+        raise ConfigError(
+            f"{mode}, and train.packing lays several examples into one sequence",
+            "Set train.packing to false.",
+        )
+    if config.adapter.type == "dora":
+        raise ConfigError(
+            f'{mode}, and no example\'s own gradient of the magnitudes of adapter.type "dora" is '
+            "known",
+            'Set adapter.type to "lora" or "rslora".',
+        )
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            f"{mode}, and gradients of single examples leave the range of model.dtype float16",
+            'Set model.dtype to "bfloat16" or "float32".',
+        )
+
+
+def _trains_privately() -> str:
+    personal = able("personal").split(", ")
+    return ", ".join(name for name in able("one_training").split(", ") if name not in personal)
+
+
+def _check_local_privacy(rule: Rule) -> None:
+    """Refuse a rule that noise on what a client sends does not cover, or that it would spoil.
+
+    Whatever the server makes of the updates is post-processing.
+
+    Raises:
+        ConfigError: names what works.
+    """
+    found = f'privacy.mode is "local", and {rule.name}'
     if rule.capabilities.personal:
         raise ConfigError(
             f"{found} is judged by what clients measure of their own parts, which no noise covers",

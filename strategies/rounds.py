@@ -105,5 +105,8 @@ class RoundHooks:
         """See a finished round; return True to stop."""
         return False
 
+    def on_budget_spent(self, outcome: RoundOutcome) -> None:
+        """See the last round there will be, since clients have no privacy budget for another."""
+
     def on_end(self, test: Mapping[str, ClientReport]) -> None:
         """See every client's own test after the last round, where the rule leaves parts on them."""

@@ -55,6 +55,7 @@ class Capabilities:
             beside the base: no rule drops a part of it or takes it for something learned.
         noise: goes on as it should from updates that were clipped and noised: nothing that the
             server adds up over rounds has to agree with what clients keep.
+        one_training: in a round a client sees its data in one training, and not besides.
     """
 
     sum_only: bool
@@ -67,6 +68,7 @@ class Capabilities:
     server_optimizer: bool = False
     dora: bool = True
     any_start: bool = True
+    one_training: bool = True
     noise: bool = True
 
     @property

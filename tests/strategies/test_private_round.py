@@ -164,7 +164,9 @@ class Watched:
         def phases(round: int) -> tuple[Phase, ...]:
             found = own(round)
             self.phases = [[] for _ in found]
-            return tuple(self._watched(phase, seen) for phase, seen in zip(found, self.phases, strict=True))
+            return tuple(
+                self._watched(phase, seen) for phase, seen in zip(found, self.phases, strict=True)
+            )
 
         def conclude_extra(mean: Tensors, context: ExtraContext) -> ExtraResult:
             released = Released(context.name, mean, {"value": context.current})
