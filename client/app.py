@@ -63,6 +63,7 @@ def _train(message: Message, context: Context) -> Reply:
     work = RoundOfWork(seat)
     update = seat.rule.local(work.for_rule())
     work.keep(update.kept)
+    update = work.outgoing(update)
     tensors = update.tensors
     plan = seat.rule.plan(request.round)
     if plan.sparse:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from client.privacy_ledger import ClientLedger
 from client.private_training import Privately, sampling_rate
 from fedgraft.config import Config
 from fedgraft.deployed import is_deployed
+from fedgraft.privacy.account import Account
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
 from fedgraft.privacy.randomness import Randomness, randomness
@@ -18,6 +18,14 @@ from fedgraft.tasks.fingerprint import fingerprint
 from fedgraft.tasks.task import Task
 
 _fingerprints: WeakKeyDictionary[Task, dict[int, str]] = WeakKeyDictionary()
+
+
+def fingerprint_of(task: Task, index: int) -> str:
+    """Return the fingerprint of partition `index`, which is taken once."""
+    known = _fingerprints.setdefault(task, {})
+    if index not in known:
+        known[index] = fingerprint(task.train(index))
+    return known[index]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class PrivateRound:
     config: Config
     round: int
     examples: int
-    ledger: ClientLedger
+    ledger: Account
     batches: Randomness
     noise: Randomness
 
@@ -50,16 +58,13 @@ class PrivateRound:
             LedgerError: the ledger is damaged.
         """
         examples, client = task.train(index), str(index)
-        known = _fingerprints.setdefault(task, {})
-        if index not in known:
-            known[index] = fingerprint(examples)
         deployed = is_deployed()
         # Made once a round: two trainings on the same noise would cancel it.
         return cls(
             config,
             round,
             len(examples),
-            ClientLedger(Ledger(path), known[index], lineage, config.privacy),
+            Account(Ledger(path), fingerprint_of(task, index), lineage, config.privacy),
             randomness(config, deployed, "private batches", round=round, client=client),
             randomness(config, deployed, "private noise", round=round, client=client),
         )

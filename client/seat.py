@@ -16,6 +16,7 @@ from flwr.app import Context
 from torch import Tensor
 
 from client.gradient_sketch import gradient_sketches
+from client.local_noise import LocalNoise
 from client.personal import PersonalStore
 from client.privacy_ledger import ledger_path
 from client.private_round import PrivateRound
@@ -28,7 +29,7 @@ from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.run_directory import LEDGER_KEY, PERSONAL_KEY
 from fedgraft.tasks.task import Task
 from strategies.fitness import check_privacy
-from strategies.local import LocalWork, Trained, Training
+from strategies.local import LocalUpdate, LocalWork, Trained, Training
 from strategies.ranks import cut_factor, ranks_of
 from strategies.registry import build_rule
 from strategies.rule import Rule
@@ -135,6 +136,7 @@ class RoundOfWork:
 
     Raises:
         ConfigError: the run's privacy cannot be had with its other settings.
+        PrivacyError: the round would spend more than the budget of the client's data.
         LedgerError: the ledger of the client's data is damaged.
     """
 
@@ -146,11 +148,13 @@ class RoundOfWork:
         self._loss: float | None = None  # of a round that only looked at gradients
         check_privacy(seat.rule, seat.config)
         self._private: PrivateRound | None = None
-        if seat.config.privacy.mode == "example":
-            request = seat.request
-            self._private = PrivateRound.open(
-                seat.config, seat.task, seat.index, request.round, request.lineage, seat.ledger
-            )
+        self._noise: LocalNoise | None = None
+        request, mode = seat.request, seat.config.privacy.mode
+        place = (seat.config, seat.task, seat.index, request.round, request.lineage, seat.ledger)
+        if mode == "example":
+            self._private = PrivateRound.open(*place)
+        elif mode == "local":
+            self._noise = LocalNoise.pay(*place)
 
     def for_rule(self) -> LocalWork:
         """Return what the rule's client half sees."""
@@ -221,16 +225,29 @@ class RoundOfWork:
         if whole:
             seat.store.save(whole, seat.request.round, seat.request.durable_round)
 
+    def outgoing(self, update: LocalUpdate) -> LocalUpdate:
+        """Return what leaves of the rule's update: all of it, or what noise has covered."""
+        if self._noise is None:
+            return update
+        return self._noise.cover(update, self._seat.held, self._seat.companions)
+
     def weight(self) -> float:
-        """Return how much this client counts: its examples, or 1 where nobody may know them."""
-        return float(len(self.examples)) if self._private is None else 1.0
+        """Return how much this client counts: its examples, or 1 under privacy.
+
+        The number of examples would be a release of its own, and under privacy by client the server
+        weighs all alike.
+        """
+        return float(len(self.examples)) if self._seat.config.privacy.mode == "none" else 1.0
 
     def metrics(self) -> dict[str, float]:
         """Return the round's agreed numbers: the last training's loss, steps and seconds.
 
         Under privacy steps and the epsilon of all that these data have ever been asked: a loss, or
-        how long the batches drawn took, would say more than the noise lets through.
+        how long the batches drawn took, would say more than the noise lets through. Where a whole
+        update is noised, not even steps, which may tell how many examples there are.
         """
+        if self._noise is not None:
+            return {"epsilon": self._noise.account.epsilon()}
         if self._private is not None:
             steps = float(self.last.steps) if self.last is not None else 0.0
             return {"steps": steps, "epsilon": self._private.ledger.epsilon()}

@@ -21,13 +21,16 @@ from flwr.serverapp import Grid
 from fedgraft import interrupts
 from fedgraft.adapter import Adapter, LoraLayer, natural_order, to_arrays
 from fedgraft.config import Config
+from fedgraft.deployed import is_deployed
 from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
 from fedgraft.generation import evaluate
+from fedgraft.privacy.events import Release
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.schedule import learning_rate
 from server.checkpoint import Checkpoint, Checkpoints
+from server.client_privacy import PrivateFederation, ledger_folder
 from server.export import adapter_card, read_adapter, write_adapter
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
@@ -83,6 +86,13 @@ class FederatedRun(RoundHooks):
         self.board = (
             TensorBoard(directory.path / "tensorboard") if config.track.tensorboard else None
         )
+        self.deployed = is_deployed()
+        self.private: PrivateFederation | None = None
+        if config.privacy.mode == "client":
+            folder = ledger_folder(directory.ledgers, deployed=self.deployed)
+            self.private = PrivateFederation.open(
+                self.config, self.rule, self.lineage, folder, deployed=self.deployed
+            )
         self.task.validation()  # what is wrong with it is said before any client is asked
         personal = self.rule.capabilities.personal
         self.samples = Samples(self.task, self.model, directory, personal=personal)
@@ -129,6 +139,7 @@ class FederatedRun(RoundHooks):
             scaling=self.model.scaling,
             residual=residual,
             fraction=config.federation.fraction,
+            sampling=config.federation.sampling,
             clients=config.federation.clients,
             min_clients=config.federation.min_clients,
             seed=config.seed,
@@ -140,6 +151,7 @@ class FederatedRun(RoundHooks):
             rank_scaling=by_root if config.adapter.type == "rslora" else by_rank,
             spool=self.directory.spool,
             hooks=self,
+            privacy=None if self.private is None else self.private.mechanism,
         )
 
     @property
@@ -148,9 +160,17 @@ class FederatedRun(RoundHooks):
 
         Under privacy they are not: what they would say of their own data has no noise.
         """
-        if self.config.privacy.against_server:
+        if self.config.privacy.against_server or self._keeps_back:
             return False
         return self.config.evaluate.clients or self.rule.capabilities.personal
+
+    @property
+    def _keeps_back(self) -> bool:
+        """Whether who was sampled, and what clients say of themselves, is shown to nobody.
+
+        A deployed private run shows what noise covers; a simulation is a study, and shows it all.
+        """
+        return self.deployed and self.config.privacy.mode != "none"
 
     def _initial_adapter(self) -> Adapter:
         if self.config.adapter.from_ is not None:
@@ -204,21 +224,26 @@ class FederatedRun(RoundHooks):
                 f"{start} has a test {self.task.metric} of {initial}",
                 f"Set model.dtype to float32, or choose another {'one' if given else 'base'}.",
             )
-        self.books = Bookkeeping(
-            initial=initial, initial_metrics=metrics, descriptions=_ordered(descriptions)
-        )
+        told = {} if self._keeps_back else _ordered(descriptions)
+        self.books = Bookkeeping(initial=initial, initial_metrics=metrics, descriptions=told)
         self._record(outcome)
         self._save(outcome)
 
     def on_sampled(self, round: int, clients: list[str]) -> None:
         """Tell the screen whom the round asks."""
         interrupts.check()
-        self.progress.write(SAMPLED, round=round, clients=clients)
+        self.progress.write(SAMPLED, round=round, clients=[] if self._keeps_back else clients)
 
     def on_reply(self, round: int, client: str, trouble: str) -> None:
         """Tell the screen that a client has answered."""
         interrupts.check()
-        self.progress.write(REPLY, round=round, client=client, trouble=trouble)
+        if not self._keeps_back:
+            self.progress.write(REPLY, round=round, client=client, trouble=trouble)
+
+    def on_release(self, round: int, release: Release) -> None:
+        """Write down what a round under privacy by client is about to release."""
+        assert self.private is not None
+        self.private.record(round, release)
 
     def on_round(self, outcome: RoundOutcome) -> bool:
         """Evaluate, record, checkpoint; return True when patience has run out."""
@@ -250,7 +275,7 @@ class FederatedRun(RoundHooks):
             if self.books.best_round != before:
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
-        record = round_record(outcome, validation, rate)
+        record = round_record(outcome, validation, rate, keep_back=self._keeps_back)
         self.directory.append_round(record)
         if self.board is not None:
             self.board.add(record)

@@ -95,8 +95,8 @@ def summarise(
         "stopped_early": books.stopped_early,
         "patience": config.evaluate.patience,
         "budget_spent": books.budget_spent,
-        "bytes_up": sum(record["bytes_up"] for record in records),
-        "bytes_down": sum(record["bytes_down"] for record in records),
+        "bytes_up": _bytes(records, "bytes_up"),
+        "bytes_down": _bytes(records, "bytes_down"),
         "wall_seconds": round(books.wall_seconds, 3),
         "train_seconds": _seconds(records, "train"),
         "aggregate_seconds": _seconds(records, "aggregate"),
@@ -161,6 +161,12 @@ def _examples(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     for record in records:
         found |= {n: int(c["examples"]) for n, c in record["clients"].items() if "examples" in c}
     return {name: found[name] for name in sorted(found, key=natural_order)}
+
+
+def _bytes(records: Iterable[Mapping[str, Any]], key: str) -> int | None:
+    """Return the traffic of all rounds; None where they keep it back."""
+    counts = [record[key] for record in records]
+    return None if None in counts else sum(counts)
 
 
 def _seconds(records: Iterable[Mapping[str, Any]], phase: str) -> float:

@@ -35,8 +35,7 @@ clients.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedgraft.privacy.events import Release
@@ -89,16 +88,12 @@ class ClientPrivacy:
             return z
         return 1.0 / math.sqrt(z**-2 - (2.0 * self.count_scale) ** -2)
 
-    def release(self, phases: int, count: int = 1) -> Release:
-        """Return what so many rounds of a rule release, each of so many phases."""
+    def release(self, phases: int) -> Release:
+        """Return what a round of so many phases releases."""
         one: tuple[float, ...] = (self.vector_multiplier,)
         if self.adaptive:
             one = (self.vector_multiplier, 2.0 * self.count_scale)
-        return Release(one * phases, self.rate, count)
-
-    def planned(self, phases: Iterable[int]) -> list[Release]:
-        """Return what rounds release, given the phases of each; equal rounds are put together."""
-        return [self.release(number, count) for number, count in sorted(Counter(phases).items())]
+        return Release(one * phases, self.rate)
 
     def next_clip(self, clip: float, below: float) -> float:
         """Return the next round's clip.

@@ -99,7 +99,10 @@ class RoundHooks:
         """See a client's reply arrive; `trouble` is empty when its update will be used."""
 
     def on_release(self, round: int, release: Release) -> None:
-        """See what a round under privacy by client is about to release; raise to keep it back."""
+        """See what a round under privacy by client will release, before its clients are asked.
+
+        Raise a BudgetSpentError to end the run instead.
+        """
 
     def on_round(self, outcome: RoundOutcome) -> bool:
         """See a finished round; return True to stop."""

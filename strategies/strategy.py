@@ -199,6 +199,10 @@ class AdapterStrategy(Strategy):
     ) -> Iterable[Message]:
         """Sample clients and encode what the rule's plan sends them."""
         state = self._state_for(server_round, arrays)
+        if self.privacy is not None:
+            assert isinstance(self.rule, SumOnlyRule)  # checked at the start
+            phases = len(self.rule.phases(server_round))
+            self.hooks.on_release(server_round, self.privacy.release(phases))
         self.roster.refresh(grid)
         names = self.sample(server_round)
         requests = self._requests(server_round, state, training=True)
@@ -309,11 +313,9 @@ class AdapterStrategy(Strategy):
     def _aggregate_privately(
         self, round: int, spool: UpdateSpool, privacy: ClientPrivacy
     ) -> PrivateAggregate:
-        """Let the host clip and noise the rule's sums, once that is on the record."""
-        assert isinstance(self.rule, SumOnlyRule)  # checked at the start
+        """Let the host clip and noise the rule's sums."""
         if self.outcome.sampled and not spool.clients:
             log.warning("Round %d has no usable update: its result is noise alone", round)
-        self.hooks.on_release(round, privacy.release(len(self.rule.phases(round))))
         state = self.state
         return aggregate_privately(
             self.rule,

@@ -144,7 +144,9 @@ class Released:
         return torch.cat([part.flatten() for part in parts])
 
     def noise(self, clients: int) -> Tensor:
-        """The mean less that of what clients added."""
+        """The mean less that of what clients added; less the start, where nobody came."""
+        if not clients:
+            return self.moved()
         parts = []
         for key, mean in self.mean.items():
             clean = sum(added[key].double() for added in self.added[-clients:]) / clients
@@ -203,17 +205,20 @@ def small(clients: int = 3, drift: float = 0.5, seed: int = 0) -> Federation:
     return federation(rng, d_out=3, d_in=4, r=2, weights=weights, drift=drift, layers=2)
 
 
-@pytest.mark.parametrize("name", [name for name in WORKS if name != "fed-sb"])
+@pytest.mark.parametrize("name", WORKS)
 def test_every_coordinate_of_every_sum_has_the_promised_noise(name: str) -> None:
     """z C / (q N) on each, and on no two the same."""
     fed, watched, draws = small(), Watched(name), 120
+    if name == "fed-sb":  # whose clients send other things than factors
+        fed = replace(fed, updates={})
+    came = len(fed.updates)
     seen: list[list[Tensor]] = []
     for seed in range(draws):
         # nothing is clipped, and z C is 0.6
         run(fed, watched.rule, seeded(seed, 3, clip=1e6, z=6e-7))
         seen.append(
             [
-                torch.cat([released.noise(3) for released in phase if released.added])
+                torch.cat([released.noise(came) for released in phase if released.owner != HEAD])
                 for phase in watched.phases
             ]
         )
@@ -361,7 +366,7 @@ def test_what_is_asked_of_the_source() -> None:
     assert how.count_scale == 10.0  # q N / 20
     scale = 2.0 / math.sqrt(1.0 - 1.0 / 400.0)
     assert silent.asked[-1] == ((1,), 10.0)
-    assert {asked for _, asked in silent.asked[:-1]} == {pytest.approx(scale)}
+    assert [asked for _, asked in silent.asked[:-1]] == pytest.approx([scale] * 3)
 
 
 @quick
@@ -369,17 +374,11 @@ def test_what_is_asked_of_the_source() -> None:
 def test_vector_and_count_together_cost_what_is_said(z: float, clients: int, rate: float) -> None:
     how = privacy(clients, z=z, rate=rate, adaptive=True)
     for phases in (1, 2):
-        release = how.release(phases, count=7)
+        release = how.release(phases)
         assert release.noise_multiplier == pytest.approx(z / math.sqrt(phases))
-        assert (len(release.noise_multipliers), release.count) == (2 * phases, 7)
-        assert release.sampling_rate == rate
+        assert len(release.noise_multipliers) == 2 * phases
+        assert (release.sampling_rate, release.count) == (rate, 1)
     assert how.vector_multiplier <= z * math.sqrt(1.0 / 0.9) * (1.0 + 1e-9)
-
-
-def test_equal_rounds_are_planned_together() -> None:
-    how = privacy(4, z=2.0, rate=0.25)
-    planned = how.planned([1, 2, 1, 1])
-    assert [(r.noise_multipliers, r.count) for r in planned] == [((2.0,), 3), ((2.0, 2.0), 1)]
 
 
 # Signal and noise
