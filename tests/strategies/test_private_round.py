@@ -189,7 +189,7 @@ class Watched:
 
         def finish(mean: Tensors, context: LayerContext) -> Tensors:
             unmoved = phase.unmoved(context)
-            seen.append(Released(context.name, mean, unmoved, added[context.name]))
+            seen.append(Released(context.name, mean, unmoved, added.get(context.name, [])))
             return phase.finish(mean, context)
 
         return Phase(phase.name, contribute, finish, phase.start)
