@@ -81,7 +81,7 @@ class PerExampleGradients:
     def watching(self) -> Iterator[None]:
         """Have hooks on the layers inside the block; none is left afterwards."""
         handles = [
-            layer.module.register_forward_hook(layer.watch)  # type: ignore[arg-type]
+            layer.module.register_forward_hook(layer.watch)
             for layer in self._layers
         ]
         try:
@@ -214,7 +214,9 @@ def _samplers() -> Mapping[type[nn.Module], Callable[..., dict[nn.Parameter, Ten
     """Return Opacus' formulas by type of layer, which take a layer, its inputs and gradients."""
     from opacus.grad_sample import GradSampleModule
 
-    return GradSampleModule.GRAD_SAMPLERS
+    samplers: Mapping[type[nn.Module], Callable[..., dict[nn.Parameter, Tensor]]]
+    samplers = GradSampleModule.GRAD_SAMPLERS
+    return samplers
 
 
 def _summed(gradients: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
