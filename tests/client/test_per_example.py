@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +202,12 @@ def test_nothing_is_left_of_the_hooks() -> None:
         assert model.wide._forward_hooks
         raise ZeroDivisionError
     assert not model.wide._forward_hooks and not model.thin._forward_hooks
+
+
+def test_opacus_puts_nothing_on_the_screen() -> None:
+    code = (
+        "import logging; from torch import nn; from client.per_example import check_layers; "
+        "layer = nn.Linear(1, 1); check_layers(layer, {'w': layer.weight}); "
+        "assert not logging.root.handlers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
