@@ -12,6 +12,7 @@ matrices of any but the shortest sequences, a classifier on one vector is larger
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class PerExampleGradients:
     def watching(self) -> Iterator[None]:
         """Have hooks on the layers inside the block; none is left afterwards."""
         handles = [
-            layer.module.register_forward_hook(layer.watch)  # type: ignore[arg-type]
+            layer.module.register_forward_hook(layer.watch)
             for layer in self._layers
         ]
         try:
@@ -212,9 +213,13 @@ def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[_L
 
 def _samplers() -> Mapping[type[nn.Module], Callable[..., dict[nn.Parameter, Tensor]]]:
     """Return Opacus' formulas by type of layer, which take a layer, its inputs and gradients."""
+    handlers = logging.root.handlers[:]
     from opacus.grad_sample import GradSampleModule
 
-    return GradSampleModule.GRAD_SAMPLERS
+    logging.root.handlers = handlers  # the import adds one that prints to the screen
+    samplers: Mapping[type[nn.Module], Callable[..., dict[nn.Parameter, Tensor]]]
+    samplers = GradSampleModule.GRAD_SAMPLERS
+    return samplers
 
 
 def _summed(gradients: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:

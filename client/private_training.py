@@ -150,7 +150,7 @@ class PrivateGradient(BatchGradient):
         sizes = [parameter.numel() for parameter in self._named.values()]
         scale = self._how.noise_multiplier * self._how.clip
         whole = self._how.noise.normal((sum(sizes),), scale).to(self._model.device)
-        return whole.split(sizes)
+        return torch.split(whole, sizes)
 
     def _give(self, noise: Iterable[Tensor]) -> None:
         for (name, parameter), drawn in zip(self._named.items(), noise, strict=True):
