@@ -29,7 +29,7 @@ from fedgraft.errors import DIVERGED, RunError
 from fedgraft.privacy.account import Account
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
-from fedgraft.privacy.randomness import Randomness, randomness
+from fedgraft.privacy.randomness import Randomness, add_noise, randomness
 from fedgraft.tasks.task import Task
 from strategies.local import LocalUpdate
 
@@ -110,8 +110,8 @@ class LocalNoise:
         scale = self.clip / norm if norm > self.clip else 1.0
         covered: Tensors = {}
         for name, change in sorted(changes.items()):
-            noise = self.source.normal(tuple(change.shape), self.noise_multiplier * self.clip)
-            covered[name] = (begin[name].double() + scale * change + noise).to(torch.float32)
+            noised = add_noise(scale * change, self.noise_multiplier * self.clip, self.source)
+            covered[name] = (begin[name].double() + noised).to(torch.float32)
         return replace(
             update,
             tensors={name: covered[name] for name in update.tensors},

@@ -81,10 +81,7 @@ class PerExampleGradients:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Have hooks on the layers inside the block; none is left afterwards."""
-        handles = [
-            layer.module.register_forward_hook(layer.watch)
-            for layer in self._layers
-        ]
+        handles = [layer.module.register_forward_hook(layer.watch) for layer in self._layers]
         try:
             yield
         finally:

@@ -62,6 +62,10 @@ class PrivacyError(FedGraftError):
     """A privacy guarantee that cannot be given."""
 
 
+class LedgerError(PrivacyError):
+    """A privacy ledger that is damaged, cut short or missing; it is never read as an empty one."""
+
+
 class BudgetSpentError(RunError):
     """A round without enough updates, for no other reason than that budgets are spent."""
 

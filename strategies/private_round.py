@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedgraft.adapter import Adapter, Tensors
-from fedgraft.privacy.randomness import Randomness
+from fedgraft.privacy.randomness import Randomness, add_noise
 from strategies.aggregation import Aggregated, RoundHost
 from strategies.client_privacy import ClientPrivacy
 from strategies.local import Factors, of_layer
@@ -134,8 +134,7 @@ class _PrivateRound(RoundHost):
         for name, context in self._layers.items():
             start = _double(phase.unmoved(context))
             clean = self._sum(start, self._moves(phase, context, factors), scales)
-            noise = self._noise(start, clip)
-            mean = {key: start[key] + (clean[key] + noise[key]) for key in start}
+            mean, noise = self._noised(start, clean, clip)
             if self.privacy.study and not {"A", "B"}.isdisjoint(mean):
                 self.signal[name] = signal_to_noise(context.current, mean, noise)
             made = {key: tensor.float() for key, tensor in phase.finish(mean, context).items()}
@@ -143,8 +142,7 @@ class _PrivateRound(RoundHost):
         for name in extras:
             start = self._unmoved_extra(name)
             clean = self._sum(start, self._extra_moves(name, start), scales)
-            noise = self._noise(start, clip)
-            self._means[name] = {key: start[key] + (clean[key] + noise[key]) for key in start}
+            self._means[name], _ = self._noised(start, clean, clip)
         self.next_clips.append(self._next_clip(clip, norms))
 
     def _norms(self, phase: Phase, factors: Factors, extras: Sequence[str]) -> list[float]:
@@ -180,22 +178,24 @@ class _PrivateRound(RoundHost):
     def _sum(
         self, start: Tensors, moves: Iterator[Tensors], scales: Sequence[float | None]
     ) -> Tensors:
-        """Return the clipped sum over q N: of zeros, where nobody came."""
+        """Return the clipped sum: of zeros, where nobody came."""
         total = {key: torch.zeros_like(tensor) for key, tensor in start.items()}
         for scale, move in zip(scales, moves, strict=True):
             if scale is None:
                 continue
             for key, sum_ in total.items():
                 sum_.add_(move[key], alpha=scale)
-        return {key: sum_ / self.privacy.denominator for key, sum_ in total.items()}
+        return total
 
-    def _noise(self, start: Tensors, clip: float) -> Tensors:
-        """Return the noise on a mean's every coordinate, its standard deviation z C / (q N)."""
+    def _noised(self, start: Tensors, clean: Tensors, clip: float) -> tuple[Tensors, Tensors]:
+        """Return the mean that is released, and the noise on it: z C / (q N) by coordinate."""
         scale = self.privacy.vector_multiplier * clip
-        return {
-            key: self.noise.normal(tuple(tensor.shape), scale) / self.privacy.denominator
-            for key, tensor in start.items()
-        }
+        mean, noise = {}, {}
+        for key, sum_ in clean.items():
+            noised = add_noise(sum_, scale, self.noise)
+            mean[key] = start[key] + noised / self.privacy.denominator
+            noise[key] = (noised - sum_) / self.privacy.denominator
+        return mean, noise
 
     def _next_clip(self, clip: float, norms: Sequence[float]) -> float:
         if not self.privacy.adaptive:

@@ -47,7 +47,7 @@ class Silent:
         return np.arange(count)
 
 
-def privacy(clients: int, *, clip: float = 1e12, z: float = 1.0, **others: object) -> ClientPrivacy:
+def privacy(clients: int, *, clip: float = 1e12, z: float = 0.0, **others: object) -> ClientPrivacy:
     """Everybody takes part, and nothing is drawn unless `randomness` says otherwise."""
     fields: dict[str, object] = {"rate": 1.0, "randomness": lambda purpose, round: Silent()}
     return ClientPrivacy(noise_multiplier=z, clip=clip, clients=clients, **(fields | others))  # type: ignore[arg-type]
@@ -361,7 +361,7 @@ def test_phases_have_clips_of_their_own() -> None:
 def test_what_is_asked_of_the_source() -> None:
     """The vectors' noise is a little larger than z C, and the count's has sigma_b."""
     silent = Silent()
-    how = privacy(200, clip=2.0, adaptive=True, randomness=lambda purpose, round: silent)
+    how = privacy(200, clip=2.0, z=1.0, adaptive=True, randomness=lambda purpose, round: silent)
     run(small(3), cached_rule("fedsvd"), how)
     assert how.count_scale == 10.0  # q N / 20
     scale = 2.0 / math.sqrt(1.0 - 1.0 / 400.0)
