@@ -13,13 +13,14 @@ from flwr.app import RecordDict
 from test_client_app import answer, ask, request
 
 from client import seat
-from client.privacy_ledger import ClientLedger, ledger_path
+from client.privacy_ledger import ledger_path
 from client.private_round import PrivateRound
 from fedgraft.adapter import Tensors, digest, from_arrays
 from fedgraft.config import Config
 from fedgraft.deployed import is_deployed, simulation
 from fedgraft.errors import BUDGET, PrivacyError
 from fedgraft.messages import HELLO, Hello
+from fedgraft.privacy.account import Account
 from fedgraft.privacy.accounting import epsilon
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
@@ -155,9 +156,9 @@ def test_only_a_simulation_follows_the_seed(
 # The budget
 
 
-def client_ledger(path: Path, target: float, data: str = "data", run: str = "run") -> ClientLedger:
+def client_ledger(path: Path, target: float, data: str = "data", run: str = "run") -> Account:
     settings = {"privacy.mode": "example", "privacy.target-epsilon": target}
-    return ClientLedger(Ledger(path), data, run, Config().with_overrides(settings).privacy)
+    return Account(Ledger(path), data, run, Config().with_overrides(settings).privacy)
 
 
 def test_noise_fits_the_budget_and_stays_the_same_in_a_run(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_what_is_replaced_moves_the_sum_by_two_clips(tmp_path: Path) -> None:
     privacy = (
         Config().with_overrides({"privacy.mode": "local", "privacy.target-epsilon": 3.0}).privacy
     )
-    ledger = ClientLedger(
+    ledger = Account(
         Ledger(tmp_path / "l.jsonl"), "data", "run", privacy, "client", "replace-one", 2.0
     )
     multiplier = ledger.noise_multiplier(lambda m: [Release((m / 2,), 1.0)] * 3)
