@@ -5,10 +5,8 @@ Every release is recorded before its data are touched, so that a crash can only 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +17,8 @@ from fedgraft.privacy.accounting import calibrate, epsilon
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Entry, Ledger
 
+_MUCH = 1e4
+"""A noise multiplier beside which no other is needed."""
 Plan = Callable[[float], Sequence[Release]]
 """The releases that are planned, as a function of the noise multiplier."""
 
@@ -67,8 +67,7 @@ class ClientLedger:
             if (entry.fingerprint, entry.run) == (self.fingerprint, self.run):
                 return self.sensitivity * entry.release.noise_multipliers[0]
         spent = self.ledger.releases(self.fingerprint)
-        if epsilon(spent, settings.delta, settings.accountant) >= settings.target_epsilon:
-            raise self._refusal(spent)
+        self._check_budget([*spent, *planned(_MUCH)])  # else no noise fits what is left
         return calibrate(
             settings.target_epsilon, settings.delta, planned, spent, settings.accountant
         )
@@ -82,14 +81,12 @@ class ClientLedger:
             purpose: what is released, for people to read.
 
         Raises:
-            PrivacyError: it would take more than `privacy.target-epsilon`; nothing is written.
+            PrivacyError: it would take more than `privacy.target-epsilon`. Nothing is written then,
+                unless another run has written to the ledger at the same moment.
             LedgerError: the ledger is damaged.
         """
         settings = self.settings
-        if settings.target_epsilon is not None:
-            after = [*self.ledger.releases(self.fingerprint), release]
-            if epsilon(after, settings.delta, settings.accountant) > settings.target_epsilon:
-                raise self._refusal(after)
+        self._check_budget([*self.ledger.releases(self.fingerprint), release])
         self.ledger.record(
             Entry(
                 fingerprint=self.fingerprint,
@@ -100,23 +97,27 @@ class ClientLedger:
                 relation=self.relation,
                 release=release,
                 delta=settings.delta,
-                when=datetime.now(UTC).isoformat(timespec="seconds"),
                 purpose=purpose,
             )
         )
+        self._check_budget(self.ledger.releases(self.fingerprint))
 
     def epsilon(self) -> float:
         """Return what all releases of these data amount to, at `privacy.delta`."""
         return self.ledger.epsilon(self.fingerprint, self.settings.delta, self.settings.accountant)
 
-    def _refusal(self, releases: Sequence[Release]) -> PrivacyError:
+    def _check_budget(self, releases: Sequence[Release]) -> None:
+        """Raise a refusal if releases amount to more than the budget, where there is one."""
+        target = self.settings.target_epsilon
+        if target is None:
+            return
         found = epsilon(releases, self.settings.delta, self.settings.accountant)
-        amount = f"{found:.4g}" if math.isfinite(found) else "more than any number"
-        return PrivacyError(
-            f"{BUDGET}: this round would bring epsilon to {amount}, and privacy.target-epsilon is "
-            f"{self.settings.target_epsilon:g}",
-            "Raise privacy.target-epsilon, or let this client leave the federation.",
-        )
+        if found > target:
+            raise PrivacyError(
+                f"{BUDGET}: this round would bring epsilon to {found:.4g}, and "
+                f"privacy.target-epsilon is {target:g}",
+                "Raise privacy.target-epsilon, or let this client leave the federation.",
+            )
 
 
 def ledger_path(given: str, client: str) -> Path:

@@ -58,13 +58,17 @@ class RunError(FedGraftError):
     """A federation that could not go on (too few clients, a full disk, a damaged checkpoint)."""
 
 
-class PrivacyError(FedGraftError):
-    """A privacy guarantee that cannot be given."""
-
-
 class BudgetSpentError(RunError):
     """A round without enough updates, for no other reason than that budgets are spent."""
 
 
 class DiskFullError(RunError):
     """The disk of this process is full: where client and server share it, the run cannot go on."""
+
+
+class PrivacyError(FedGraftError):
+    """A privacy guarantee that cannot be given."""
+
+
+class LedgerError(PrivacyError):
+    """A privacy ledger that is damaged, cut short or missing; it is never read as an empty one."""
