@@ -113,7 +113,7 @@ class PerExampleGradients:
         Raises:
             PrivacyError: a layer does not have the examples on its inputs' first axis.
         """
-        weights = weights.double()
+        weights = weights.to(wide(weights.device))
         squares = torch.zeros_like(weights)
         sums: list[Sums] = []
         for layer in self._layers:
@@ -185,6 +185,11 @@ def check_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> No
     _owners(model, parameters)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """Return the type in which norms and sums are computed: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[_Layer]:
     """Return the modules that the parameters belong to."""
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -222,8 +227,8 @@ def _samplers() -> Mapping[type[nn.Module], Callable[..., dict[nn.Parameter, Ten
 def _summed(gradients: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
     """Return the squared norms (n,) of gradients (n, ...), and what sums them."""
     squares = sum(
-        torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
-        for gradient in gradients.values()
+        torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide(g.device)).square()
+        for g in gradients.values()
     )
 
     def sum_up(factors: Tensor, chosen: Tensor | None) -> dict[str, Tensor]:
@@ -233,7 +238,7 @@ def _summed(gradients: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
         made = {}
         for name, gradient in gradients.items():
             flat = gradient.flatten(1) if chosen is None else gradient.flatten(1)[chosen]
-            kind = torch.float64 if exact else flat.dtype
+            kind = wide(flat.device) if exact else flat.dtype
             made[name] = (factors.to(kind) @ flat.to(kind)).reshape(gradient.shape[1:])
         return made
 
@@ -246,7 +251,7 @@ def _ghost(layer: _Layer) -> tuple[Tensor, Sums]:
     from opacus.grad_sample.linear import compute_linear_norm_sample
 
     ((x, g),) = layer.uses
-    x, g = x.double(), g.double()
+    x, g = x.to(wide(x.device)), g.to(wide(g.device))
     norms = compute_linear_norm_sample(layer.module, [x], g)
     squares = sum(norms[parameter].square() for parameter in layer.parameters.values())
 

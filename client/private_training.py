@@ -14,7 +14,7 @@ the gradient afterwards (masks, penalties, an optimizer's state) sees the data t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.batch_gradient import BatchGradient
-from client.per_example import PerExampleGradients
+from client.per_example import PerExampleGradients, wide
 from fedgraft.adapter import parse_factor
 from fedgraft.errors import RunError
-from fedgraft.privacy.randomness import Randomness
+from fedgraft.privacy.randomness import Randomness, add_noise
 from fedgraft.quantization import mixes_examples
 from fedgraft.resident_model import ResidentModel
 from fedgraft.tasks.task import Batch, Examples, Task
@@ -94,6 +94,7 @@ class PrivateGradient(BatchGradient):
         super().__init__(model, task, examples, parameters.values(), largest)
         self._named, self._how = parameters, how
         self._per_example = PerExampleGradients(model.model, parameters, masks)
+        self._wide = wide(model.device)
         self._sums: dict[str, Tensor] = {}
         self._connected = False
 
@@ -111,7 +112,7 @@ class PrivateGradient(BatchGradient):
         self._forget()
         if len(indices):
             super().add(indices)
-        self._give(self._noise())
+        self._give()
         return torch.zeros((), device=self._model.device)
 
     def _backward(self, indices: NDArray[np.int64], size: int) -> Tensor:
@@ -121,7 +122,7 @@ class PrivateGradient(BatchGradient):
             self._task.loss(self._model.model, batch).backward()  # type: ignore[no-untyped-call]
             self._check_connected()
             for name, part in self._per_example.clipped_sum(1.0 / counts, self._how.clip).items():
-                self._sums[name] = self._sums[name] + part if name in self._sums else part.double()
+                self._sums[name] = self._sums.get(name, 0.0) + part.to(self._wide)
             for parameter in self._parameters:
                 parameter.grad = None  # autograd's own sum, of gradients as they are
         return torch.zeros((), device=self._model.device)
@@ -145,19 +146,18 @@ class PrivateGradient(BatchGradient):
             )
         self._connected = True
 
-    def _noise(self) -> Iterable[Tensor]:
-        """Yield noise for each parameter, float64, in their order."""
-        sizes = [parameter.numel() for parameter in self._named.values()]
+    def _give(self) -> None:
+        """Give every parameter its part of the noised sum, over the batch size."""
+        parts = [
+            self._sums[name].flatten() if name in self._sums else torch.zeros(parameter.numel())
+            for name, parameter in self._named.items()
+        ]
+        whole = torch.cat([part.to("cpu", torch.float64) for part in parts])
         scale = self._how.noise_multiplier * self._how.clip
-        whole = self._how.noise.normal((sum(sizes),), scale).to(self._model.device)
-        return torch.split(whole, sizes)
-
-    def _give(self, noise: Iterable[Tensor]) -> None:
-        for (name, parameter), drawn in zip(self._named.items(), noise, strict=True):
-            total = drawn.reshape(parameter.shape)
-            if name in self._sums:
-                total = total + self._sums[name]
-            parameter.grad = (total / self._how.batch_size).to(parameter.dtype)
+        mean = add_noise(whole, scale, self._how.noise) / self._how.batch_size
+        pieces = torch.split(mean, [len(part) for part in parts])
+        for parameter, piece in zip(self._named.values(), pieces, strict=True):
+            parameter.grad = piece.reshape(parameter.shape).to(parameter.device, parameter.dtype)
         self._sums = {}
 
     def _forget(self) -> None:

@@ -18,6 +18,8 @@ from fedgraft.privacy.accounting import calibrate, epsilon
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Entry, Ledger
 
+_MUCH = 1e4
+"""A noise multiplier beside which no other is needed."""
 Plan = Callable[[float], Sequence[Release]]
 """The releases that are planned, as a function of the noise multiplier."""
 
@@ -72,8 +74,7 @@ class Account:
                     * replace(entry.release, noise_multipliers=first).noise_multiplier
                 )
         spent = self.ledger.releases(self.fingerprint)
-        if epsilon(spent, settings.delta, settings.accountant) >= settings.target_epsilon:
-            raise self._refusal(spent)
+        self._check_budget([*spent, *planned(_MUCH)])  # else no noise fits what is left
         return calibrate(
             settings.target_epsilon, settings.delta, planned, spent, settings.accountant
         )
@@ -87,14 +88,12 @@ class Account:
             purpose: what is released, for people to read.
 
         Raises:
-            PrivacyError: it would take more than `privacy.target-epsilon`; nothing is written.
+            PrivacyError: it would take more than `privacy.target-epsilon`. Nothing is written then,
+                unless another run has written to the ledger at the same moment.
             LedgerError: the ledger is damaged.
         """
         settings = self.settings
-        if settings.target_epsilon is not None:
-            after = [*self.ledger.releases(self.fingerprint), release]
-            if epsilon(after, settings.delta, settings.accountant) > settings.target_epsilon:
-                raise self._refusal(after)
+        self._check_budget([*self.ledger.releases(self.fingerprint), release])
         self.ledger.record(
             Entry(
                 fingerprint=self.fingerprint,
@@ -109,16 +108,22 @@ class Account:
                 purpose=purpose,
             )
         )
+        self._check_budget(self.ledger.releases(self.fingerprint))
 
     def epsilon(self) -> float:
         """Return what all releases of these data amount to, at `privacy.delta`."""
         return self.ledger.epsilon(self.fingerprint, self.settings.delta, self.settings.accountant)
 
-    def _refusal(self, releases: Sequence[Release]) -> PrivacyError:
+    def _check_budget(self, releases: Sequence[Release]) -> None:
+        """Raise a refusal if releases amount to more than the budget, where there is one."""
+        target = self.settings.target_epsilon
+        if target is None:
+            return
         found = epsilon(releases, self.settings.delta, self.settings.accountant)
-        amount = f"{found:.4g}" if math.isfinite(found) else "more than any number"
-        return PrivacyError(
-            f"{BUDGET}: this round would bring epsilon to {amount}, and privacy.target-epsilon is "
-            f"{self.settings.target_epsilon:g}",
-            "Raise privacy.target-epsilon, or go on without these data.",
-        )
+        if found > target:
+            amount = f"{found:.4g}" if math.isfinite(found) else "more than any number"
+            raise PrivacyError(
+                f"{BUDGET}: this round would bring epsilon to {amount}, and "
+                f"privacy.target-epsilon is {target:g}",
+                "Raise privacy.target-epsilon, or go on without these data.",
+            )

@@ -184,6 +184,26 @@ def test_noise_fits_the_budget_and_stays_the_same_in_a_run(tmp_path: Path) -> No
         client_ledger(path, 2.0, run="next").noise_multiplier(lambda m: [Release((m,), 0.1, 5)])
 
 
+def test_two_runs_at_a_time_spend_no_more_than_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process records between this one's look at the ledger and its own entry."""
+    path, release = tmp_path / "ledger.jsonl", Release((1.15,), 0.1, 5)
+    mine, other = client_ledger(path, 2.7), client_ledger(path, 2.7, run="other")
+    mine.record(1, release, "a test")
+    record = Ledger.record
+
+    def after_the_other(self: Ledger, entry: Any) -> None:
+        monkeypatch.setattr(Ledger, "record", record)
+        other.record(1, release, "in between")
+        record(self, entry)
+
+    monkeypatch.setattr(Ledger, "record", after_the_other)
+    with pytest.raises(PrivacyError, match=BUDGET):  # before its training
+        mine.record(2, release, "a test")
+    assert len(Ledger(path).entries) == 3  # which counts one too many
+
+
 def test_what_is_replaced_moves_the_sum_by_two_clips(tmp_path: Path) -> None:
     """With a sensitivity of 2 the accounted multiplier is half of what the noise has."""
     privacy = (
