@@ -61,6 +61,7 @@ class ResidentModel:
 
     Attributes:
         base_hash: identity of the frozen base (`hash_base`).
+        base_commit: the Hub commit that the base was read from; None for a local folder.
         parameters: the trainable parameters by their adapter tensor names, in stable order.
         scaling: alpha / r of each layer at its whole rank.
         ranks: each layer's whole rank.
@@ -76,6 +77,8 @@ class ResidentModel:
         self.device = pick_device(config.model.device)
         base = load_base(task, config, self.device)
         self.base_hash = hash_base(base, quantization.describe(config.model))
+        # transformers notes it on the config of what comes from the Hub, whatever was asked for.
+        self.base_commit: str | None = getattr(getattr(base, "config", None), "_commit_hash", None)
         self.unquantised: dict[str, str] = {}
         if config.model.quantization != "none":
             self.unquantised = quantization.unquantised_modules(base, task.extras)

@@ -97,12 +97,14 @@ def _only(layer: str) -> str:
     return f"^{re.escape(layer.removeprefix(PREFIX))}"
 
 
-def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[str, Any]) -> str:
+def adapter_card(
+    config: Config, model: ResidentModel, lineage: str, summary: Mapping[str, Any]
+) -> str:
     """Return the adapter's README: what it is, where it comes from, what it reached.
 
     Args:
         config: the run's.
-        base_hash: identity of the base that it was trained on.
+        model: the resident model, which knows the base that it was trained on.
         lineage: of the run.
         summary: what `summarise` returns.
     """
@@ -120,8 +122,8 @@ def adapter_card(config: Config, base_hash: str, lineage: str, summary: Mapping[
 
 | | |
 |---|---|
-| base | {base}{f", revision {config.model.revision}" if config.model.revision else ""} |
-| base hash | `{base_hash}` |
+| base | {base}{_revision(config, model)} |
+| base hash | `{model.base_hash}` |
 | trained on it in | {_precision(config)} |
 | task | {summary["task"]} |
 | strategy | {summary["strategy"]} |
@@ -142,6 +144,13 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this folder")
 ```
 """
+
+
+def _revision(config: Config, model: ResidentModel) -> str:
+    """Name the revision that was asked for, and the Hub's commit that it was."""
+    asked, commit = config.model.revision, model.base_commit
+    named = f", revision {asked}" if asked else ""
+    return named if commit in (None, asked) else f"{named}, commit {commit}"
 
 
 def _precision(config: Config) -> str:

@@ -25,8 +25,9 @@ from fedgraft.deployed import is_deployed
 from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
 from fedgraft.generation import evaluate
+from fedgraft.memory_estimate import estimate
 from fedgraft.privacy.events import Release
-from fedgraft.resident_model import resident_model, resident_task
+from fedgraft.resident_model import SMALL_MODEL, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.schedule import learning_rate
 from server.checkpoint import Checkpoint, Checkpoints
@@ -354,13 +355,24 @@ class FederatedRun(RoundHooks):
         self.books = replace(self.books, wall_seconds=wall)
         records = self.directory.rounds()
         summary = summarise(
-            self.config, self.task, self.books, records, final, peak_memory(self.model.device)
+            self.config,
+            self.task,
+            self.books,
+            records,
+            final,
+            peak_memory(self.model.device),
+            self._estimated_memory(),
         )
-        card = adapter_card(self.config, self.model.base_hash, self.lineage, summary)
+        card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)
         self.directory.write_summary(summary)
         self.progress.write(FINISHED, final=summary["final"], best_round=self.books.best_round)
         return summary
+
+    def _estimated_memory(self) -> int | None:
+        """Return what was told before a large base was loaded."""
+        found = estimate(self.task, self.config)
+        return None if found is None or found.parameters < SMALL_MODEL else found.total
 
 
 def _ordered(descriptions: Mapping[str, str]) -> dict[str, str]:

@@ -64,6 +64,7 @@ def summarise(
     records: Sequence[Mapping[str, Any]],
     final: Mapping[str, float],
     peak_memory: int,
+    estimated_memory: int | None,
 ) -> dict[str, Any]:
     """Return summary.json's content.
 
@@ -74,6 +75,7 @@ def summarise(
         records: rounds.jsonl.
         final: the test metrics of the chosen adapter.
         peak_memory: of this process, in bytes.
+        estimated_memory: what training was told to take, in bytes; None for small models.
     """
     return {
         "strategy": config.strategy.name,
@@ -104,6 +106,7 @@ def summarise(
         "epsilon": None,
         "delta": None,
         "peak_memory_bytes": peak_memory,
+        "estimated_memory_bytes": estimated_memory,
         "refused_updates": sum(len(record["refused"]) for record in records),
         "failed_clients": sum(len(record["failed"]) for record in records),
         "client_descriptions": dict(books.descriptions),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Literal
 
 from fedgraft.config import PrivacyConfig
@@ -104,7 +103,6 @@ class Account:
                 relation=self.relation,
                 release=release,
                 delta=settings.delta,
-                when=datetime.now(UTC).isoformat(timespec="seconds"),
                 purpose=purpose,
             )
         )

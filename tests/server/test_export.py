@@ -64,7 +64,7 @@ def adapter(model: ResidentModel) -> Adapter:
 @pytest.fixture
 def run(tmp_path: Path, tiny: Config, model: ResidentModel, adapter: Adapter) -> RunDirectory:
     directory = RunDirectory.create(tmp_path / "run", tiny, "lineage-7")
-    card = adapter_card(tiny, model.base_hash, "lineage-7", SUMMARY)
+    card = adapter_card(tiny, model, "lineage-7", SUMMARY)
     write_adapter(directory.adapter, adapter, model, card)
     return directory
 
@@ -212,10 +212,34 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(run: RunDirectory, mod
     ],
 )
 def test_cards_of_other_runs(
-    settings: dict[str, Any], summary: dict[str, Any], said: str, tiny: Config
+    settings: dict[str, Any],
+    summary: dict[str, Any],
+    said: str,
+    tiny: Config,
+    model: ResidentModel,
 ):
-    card = adapter_card(tiny.with_overrides(settings), "0123", "lineage-7", SUMMARY | summary)
-    assert said.replace("{hash}", "0123") in card
+    card = adapter_card(tiny.with_overrides(settings), model, "lineage-7", SUMMARY | summary)
+    assert said.replace("{hash}", model.base_hash) in card
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (None, ", commit 89ab |"),
+        ("v2", ", revision v2, commit 89ab |"),
+        ("89ab", ", revision 89ab |"),
+    ],
+)
+def test_a_card_names_the_commit_that_a_hub_base_was(
+    asked: str | None,
+    said: str,
+    tiny: Config,
+    model: ResidentModel,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(model, "base_commit", "89ab")
+    config = tiny.with_overrides({"model.base": "org/base", "model.revision": asked})
+    assert f"| base | org/base{said}" in adapter_card(config, model, "lineage-7", SUMMARY)
 
 
 def test_a_merged_model_gives_the_same_logits(
@@ -278,7 +302,7 @@ def test_a_card_of_a_run_that_had_an_adapter_to_start_from_says_so(
     tiny: Config, model: ResidentModel
 ):
     config = tiny.with_overrides({"adapter.from": "runs/first/adapter"})
-    card = adapter_card(config, model.base_hash, "lineage-8", SUMMARY)
+    card = adapter_card(config, model, "lineage-8", SUMMARY)
     assert "| test accuracy, at the start (the adapter in `runs/first/adapter`) | 0.4123 |" in card
     assert "| lineage | `lineage-8`, started from the adapter in `runs/first/adapter` |" in card
     assert "untouched" not in card

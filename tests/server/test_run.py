@@ -15,6 +15,7 @@ from fedgraft.adapter import Adapter
 from fedgraft.config import Config
 from fedgraft.errors import ModelError
 from fedgraft.files import read_tensors
+from fedgraft.memory_estimate import MemoryEstimate
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from server.run import FederatedRun
@@ -49,6 +50,7 @@ def test_a_run_leaves_what_it_promises(whole: tuple[RunDirectory, Summary]):
     assert summary["label"] == "fedavg" and set(summary["client_descriptions"]) == {"0", "1"}
     assert summary["wall_seconds"] > summary["train_seconds"] > 0
     assert summary["peak_memory_bytes"] > 10**8
+    assert summary["estimated_memory_bytes"] is None  # a small base, of which nothing is told
     assert directory.config().threads == 1  # resolved, since sums depend on it
 
 
@@ -224,3 +226,12 @@ def test_personal_parts_are_evaluated_where_they_are_whatever_is_asked_of_client
         records[asked] = timeless(directory)
     assert summaries[False] == summaries[True] and records[False] == records[True]
     assert all(client["validation"] for client in records[False][-1]["clients"].values())
+
+
+def test_the_estimate_of_a_large_base_stands_beside_the_measured_peak(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = MemoryEstimate(30_000_000, 60, 20, 15, 5, 1000, "cpu", "8 examples")
+    monkeypatch.setattr("server.run.estimate", lambda *_: told)
+    summary = go(new(tmp_path, tiny.with_overrides({"federation.rounds": 1})))
+    assert summary["estimated_memory_bytes"] == 100
