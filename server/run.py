@@ -33,6 +33,7 @@ from fedgraft.schedule import learning_rate
 from server.checkpoint import Checkpoint, Checkpoints
 from server.client_privacy import PrivateFederation, ledger_folder
 from server.export import adapter_card, read_adapter, write_adapter
+from server.guarantee import guarantee
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
 from server.summary import Bookkeeping, summarise
@@ -276,7 +277,14 @@ class FederatedRun(RoundHooks):
             if self.books.best_round != before:
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
-        record = round_record(outcome, validation, rate, keep_back=self._keeps_back)
+        self.books = replace(self.books, epsilon=self._epsilon(outcome))
+        record = round_record(
+            outcome,
+            validation,
+            rate,
+            keep_back=self._keeps_back,
+            privacy=self._guarantee(),
+        )
         self.directory.append_round(record)
         if self.board is not None:
             self.board.add(record)
@@ -286,6 +294,19 @@ class FederatedRun(RoundHooks):
             value=validation[self.task.metric] if validation else None,
             loss=record["train_loss"],
         )
+
+    def _epsilon(self, outcome: RoundOutcome) -> float | None:
+        """Return what all releases amount to: by the server's own ledger, or as clients tell."""
+        assert self.books is not None
+        if self.private is not None:
+            return self.private.account.epsilon()
+        told = [report.metrics.get("epsilon") for report in outcome.reports.values()]
+        known = [value for value in (*told, self.books.epsilon) if value is not None]
+        return max(known, default=None)
+
+    def _guarantee(self) -> dict[str, Any] | None:
+        assert self.books is not None
+        return guarantee(self.config, self.books.epsilon, deployed=self.deployed)
 
     def _save(self, outcome: RoundOutcome) -> None:
         assert self.books is not None
@@ -362,6 +383,7 @@ class FederatedRun(RoundHooks):
             final,
             peak_memory(self.model.device),
             self._estimated_memory(),
+            self._guarantee(),
         )
         card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)

@@ -26,6 +26,7 @@ class Bookkeeping:
         stale: evaluations since then.
         stopped_early: patience ran out.
         budget_spent: the clients' privacy budget ran out.
+        epsilon: the largest that a client has told of so far; None without privacy.
         wall_seconds: over all sessions, evaluation and checkpoints included.
         descriptions: what each client says its data is.
     """
@@ -36,6 +37,7 @@ class Bookkeeping:
     stale: int = 0
     stopped_early: bool = False
     budget_spent: bool = False
+    epsilon: float | None = None
     wall_seconds: float = 0.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
     initial_metrics: Mapping[str, float] = field(default_factory=dict)
@@ -65,6 +67,7 @@ def summarise(
     final: Mapping[str, float],
     peak_memory: int,
     estimated_memory: int | None,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return summary.json's content.
 
@@ -76,6 +79,7 @@ def summarise(
         final: the test metrics of the chosen adapter.
         peak_memory: of this process, in bytes.
         estimated_memory: what training was told to take, in bytes; None for small models.
+        privacy: what the run promises, see `server.guarantee`.
     """
     return {
         "strategy": config.strategy.name,
@@ -103,8 +107,9 @@ def summarise(
         "train_seconds": _seconds(records, "train"),
         "aggregate_seconds": _seconds(records, "aggregate"),
         "client_steps": int(sum(_client_values(records, "steps"))),
-        "epsilon": None,
-        "delta": None,
+        "epsilon": None if privacy is None else privacy["epsilon"],
+        "delta": None if privacy is None else privacy["delta"],
+        "privacy": None if privacy is None else dict(privacy),
         "peak_memory_bytes": peak_memory,
         "estimated_memory_bytes": estimated_memory,
         "refused_updates": sum(len(record["refused"]) for record in records),

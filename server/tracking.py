@@ -22,6 +22,7 @@ def round_record(
     learning_rate: float | None,
     *,
     keep_back: bool = False,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return one line of rounds.jsonl.
 
@@ -31,6 +32,7 @@ def round_record(
         learning_rate: of the round's first step; None for round 0.
         keep_back: leave out all that tells who took part, and what clients say of themselves: of a
             private run that is deployed nobody may see it.
+        privacy: what the run has promised so far, see `server.guarantee`.
     """
     if keep_back:
         outcome = RoundOutcome(outcome.state, seconds=outcome.seconds, notes=outcome.notes)
@@ -51,7 +53,8 @@ def round_record(
         "aggregation_bias": None
         if bias is None
         else {"before": bias.before, "after": bias.after, "repairable": bias.repairable},
-        "epsilon": None,
+        "epsilon": None if privacy is None else privacy["epsilon"],
+        "privacy": None if privacy is None else dict(privacy),
         "notes": list(outcome.notes),
     } | _signal(outcome)
 
