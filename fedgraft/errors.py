@@ -72,11 +72,3 @@ class BudgetSpentError(RunError):
 
 class DiskFullError(RunError):
     """The disk of this process is full: where client and server share it, the run cannot go on."""
-
-
-class PrivacyError(FedGraftError):
-    """A privacy guarantee that cannot be given."""
-
-
-class LedgerError(PrivacyError):
-    """A privacy ledger that is damaged, cut short or missing; it is never read as an empty one."""
