@@ -217,6 +217,13 @@ def test_a_coarse_grid_of_losses_adds_little() -> None:
     assert fine * (1 - 1e-6) <= epsilon(releases, DELTA, "pld") <= fine * 1.001
 
 
+def test_where_the_grid_is_too_coarse_pld_falls_back_on_rdp() -> None:
+    """A step's loss of 3e-5 on a grid of 1e-4: alone, its rounding would add half in 10^6 steps."""
+    releases = [Release((30.0,), 0.001, 10**6)]
+    assert theirs(PLDAccountant(), releases) > epsilon(releases, DELTA)
+    assert epsilon(releases, DELTA, "pld") == epsilon(releases, DELTA)
+
+
 def test_the_corner_where_libraries_differ() -> None:
     """Noise 0.5, sampling 0.1, 10,000 steps: RDP's small orders do not converge.
 
