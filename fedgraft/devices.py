@@ -14,6 +14,7 @@ from fedgraft.errors import ConfigError, ModelError, RunError
 
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+_NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,8 +77,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the machine, has no more memory to give."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU's allocator raises a plain RuntimeError, told by its text alone.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The allocators of CPU and MPS and CUDA's libraries raise RuntimeErrors, told by their texts.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def with_smaller_batches(size: int, device: torch.device, run: Callable[[int], _Result]) -> _Result:

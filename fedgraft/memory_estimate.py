@@ -117,7 +117,7 @@ def estimate(task: Task, config: Config) -> MemoryEstimate | None:
 def advice(found: MemoryEstimate, config: Config) -> str:
     """Return what would make a model fit that does not."""
     ways = []
-    if config.model.quantization == "none":
+    if config.model.quantization == "none" and found.where.startswith(("cpu", "cuda")):
         ways.append("model.quantization=nf4")
     if config.model.dtype == "float32":
         ways.append("model.dtype=bfloat16")
@@ -128,6 +128,8 @@ def advice(found: MemoryEstimate, config: Config) -> str:
         ways.append(f"train.micro-batch={micro // 2}")
     if "tokens" in found.sequence:
         ways.append(f"task.max-length={config.task.max_length // 2}")
+    if not ways:
+        return "That is more than is free. Choose a smaller base."
     return f"That is more than is free. Set {', '.join(ways)}, or choose a smaller base."
 
 

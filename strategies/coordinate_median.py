@@ -11,9 +11,6 @@ guess of how many clients are hostile, and holds while fewer than half are.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from strategies.coordinatewise import Coordinatewise
 
 
@@ -24,7 +21,6 @@ class CoordinateMedian(Coordinatewise):
     title = "Coordinate median"
     citation = "Yin et al., ICML 2018, arXiv:1803.01498"
 
-    def statistic(self, ordered: Tensor) -> Tensor:
-        """Return the value in the middle, or the mean of the two."""
-        K = ordered.shape[1]
-        return ordered[:, (K - 1) // 2 : K // 2 + 1].mean(dim=1, dtype=torch.float64)
+    def left_out(self, K: int) -> int:
+        """Return all but the value in the middle, or the two."""
+        return (K - 1) // 2

@@ -4,7 +4,8 @@ M = sum c_k B_k A_k is d_out x d_in, of rank n at most, n the columns of all B_k
 that padding left empty are skipped. Results are float64.
 
 - n below both sides: with Q_B R_B = qr([c_k B_k]) and Q_A R_A = qr([A_k]^T), the SVD of R_B R_A^T
-  (n, n) makes that of M, in about 4 n^2 (d_in + d_out) operations.
+  (n, n) makes that of M, in about 2 n^2 (d_in + d_out) operations: Q_B and Q_A stay Householder
+  reflections, and only the singular vectors that are kept go through them.
 - n not below: M is no larger than its factors, and its own SVD is taken.
 - n and both sides large, and few ranks wanted: a randomised SVD by block Krylov spaces, which reads
   the terms one by one, several times, and keeps nothing of their size. From a random Omega
@@ -21,8 +22,9 @@ that padding left empty are skipped. Results are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,8 +34,8 @@ from fedgraft.seeds import stream
 Term = tuple[float, Tensor, Tensor]
 """One product of a sum: its coefficient c_k, B_k (d_out, r_k) and A_k (r_k, d_in)."""
 
-_Svd = tuple[Tensor, Tensor, Tensor]
-"""U (d_out, m), singular values (m) in falling order, and V^T (m, d_in)."""
+_Basis = Callable[[Tensor], Tensor]
+"""Takes coordinates in an orthonormal basis (n, m) to vectors (d, m)."""
 
 _EXACT = 384
 """Up to so many columns, or rows, an exact SVD takes a fraction of a second."""
@@ -55,10 +57,10 @@ def best_rank(terms: Sequence[Term], rank: int) -> tuple[Tensor, Tensor]:
         terms: at least one, all of the same d_out and d_in, of any ranks.
         rank: the rank of the result.
     """
-    U, S, V = _svd(_Sum.of(terms), rank)
-    kept = min(rank, len(S))
-    B, A = U.new_zeros(len(U), rank), V.new_zeros(rank, V.shape[1])
-    B[:, :kept], A[:kept] = U[:, :kept] * S[:kept], V[:kept]
+    M = _Sum.of(terms)
+    found_B, found_A = _svd(M, rank).first(rank)
+    B, A = found_B.new_zeros(M.d_out, rank), found_A.new_zeros(rank, M.d_in)
+    B[:, : len(found_A)], A[: len(found_A)] = found_B, found_A
     return B, A
 
 
@@ -78,7 +80,8 @@ def to_energy(
         beside: the energy of what M is added to; the share is of both together.
     """
     M = _Sum.of(terms)
-    U, S, V = _svd(M, max_rank)
+    svd = _svd(M, max_rank)
+    S = svd.S
     lost = S.square().flip(0).cumsum(0).flip(0)  # the energy from each value on
     if energy < 1.0 and M.randomised(max_rank):  # which saw a part of M only
         lost = lost + max(M.energy() - float(lost[:1].sum()), 0.0)
@@ -86,7 +89,7 @@ def to_energy(
     rank = int((lost > allowed).sum())
     if max_rank is not None:
         rank = min(rank, max_rank)
-    return U[:, :rank] * S[:rank], V[:rank]
+    return svd.first(rank)
 
 
 def uncut(terms: Sequence[Term]) -> tuple[Tensor, Tensor] | None:
@@ -197,26 +200,49 @@ class _Sum:
         return float(sum(parts))
 
 
+@dataclass(frozen=True)
+class _Svd:
+    """The SVD of M in two bases: M = left(U) diag(S) right(V)^T.
+
+    Attributes:
+        U, V: coordinates of the singular vectors, one a column.
+        S: the singular values, in falling order.
+        left, right: the bases.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    left: _Basis
+    right: _Basis
+
+    def first(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return B = U S and A = V^T of the first `rank` values, or of all if they are fewer."""
+        A = self.right(self.V[:, :rank]).T
+        signs = _signs(A)
+        return self.left(self.U[:, :rank]) * (signs * self.S[:rank]), signs[:, None] * A
+
+
 def _svd(M: _Sum, wanted: int | None) -> _Svd:
     """Return the SVD of M without values that are rounding; at least the `wanted` first of it."""
     if M.randomised(wanted):
         assert wanted is not None
-        U, S, V = _by_krylov(M, wanted)
+        found = _by_krylov(M, wanted)
     elif M.columns < min(M.d_out, M.d_in):
-        U, S, V = _by_qr(M)
+        found = _by_qr(M)
     else:
         U, S, V = torch.linalg.svd(M.dense(), full_matrices=False)
-    rounding = max(M.columns, M.d_out, M.d_in) * torch.finfo(S.dtype).eps
-    kept = int((rounding * S[:1] < S).sum())
-    signs = _signs(V[:kept])
-    return U[:, :kept] * signs, S[:kept], V[:kept] * signs[:, None]
+        found = _Svd(U, S, V.T, _as_it_is, _as_it_is)
+    rounding = max(M.columns, M.d_out, M.d_in) * torch.finfo(found.S.dtype).eps
+    kept = int((rounding * found.S[:1] < found.S).sum())
+    return replace(found, S=found.S[:kept], U=found.U[:, :kept], V=found.V[:, :kept])
 
 
 def _by_qr(M: _Sum) -> _Svd:
-    left, R_left = torch.linalg.qr(torch.cat([c * B.double() for c, B, _ in M.terms], dim=1))
-    right, R_right = torch.linalg.qr(torch.cat([A.double() for _, _, A in M.terms]).T)
+    left, R_left = _qr(torch.cat([c * B.double() for c, B, _ in M.terms], dim=1))
+    right, R_right = _qr(torch.cat([A.double() for _, _, A in M.terms]).T)
     U, S, V = torch.linalg.svd(R_left @ R_right.T)
-    return left @ U, S, V @ right.T
+    return _Svd(U, S, V.T, left, right)
 
 
 def _by_krylov(M: _Sum, wanted: int) -> _Svd:
@@ -235,9 +261,26 @@ def _by_krylov(M: _Sum, wanted: int) -> _Svd:
         block, _ = torch.linalg.qr(M.times(across))
         blocks.append(block)
     space, _ = torch.linalg.qr(torch.cat(blocks, dim=1).double())
-    # of the tall matrix M^T space: LAPACK takes three times as long for its transpose
-    V, S, U = torch.linalg.svd(M.transposed_times(space), full_matrices=False)
-    return space @ U.T, S, V.T
+    right, R = _qr(M.transposed_times(space))
+    U, S, V = torch.linalg.svd(R.T)
+    return _Svd(U, S, V.T, partial(torch.mm, space), right)
+
+
+def _qr(X: Tensor) -> tuple[_Basis, Tensor]:
+    """Return the QR decomposition of a tall matrix, the first as a basis that is never formed."""
+    reflections, scales = torch.geqrf(X)
+    R = reflections[: X.shape[1]].triu()
+
+    def basis(coordinates: Tensor) -> Tensor:
+        vectors = X.new_zeros(len(X), coordinates.shape[1])
+        vectors[: len(coordinates)] = coordinates
+        return torch.ormqr(reflections, scales, vectors)
+
+    return basis, R
+
+
+def _as_it_is(coordinates: Tensor) -> Tensor:
+    return coordinates
 
 
 def _signs(V: Tensor) -> Tensor:

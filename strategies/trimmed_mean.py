@@ -17,9 +17,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
@@ -64,9 +62,7 @@ class TrimmedMean(Coordinatewise):
                 "strategy.name=coordinate-median.",
             )
 
-    def statistic(self, ordered: Tensor) -> Tensor:
-        """Return the mean of what is left in the middle."""
-        K = ordered.shape[1]
+    def left_out(self, K: int) -> int:
+        """Return f, or as many as leave a median."""
         asked = self.options.byzantine
-        f = min(assumed_hostile(K) if asked is None else asked, (K - 1) // 2)
-        return ordered[:, f : K - f].mean(dim=1, dtype=torch.float64)
+        return min(assumed_hostile(K) if asked is None else asked, (K - 1) // 2)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+_EVALUATION_BATCH = 16
 
 
 class CausalLM(RowsTask):
@@ -62,21 +63,19 @@ class CausalLM(RowsTask):
     name: ClassVar[str] = "causal-lm"
     metric = "loss"
     direction: Direction = "min"
-    evaluation_batch = 16  # the logits of a large vocabulary are what fills the memory
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     packs: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        # The logits of a large vocabulary fill the memory: no more than training's, which has been
+        # estimated.
+        micro = config.train.micro_batch or config.train.batch_size
+        self.evaluation_batch = min(_EVALUATION_BATCH, micro)
         chosen = config.task.template
         self._template = Template.parse(chosen) if chosen is not None else None
         self._chat_column: str | None = None
         self.fits: dict[str, encoding.Fit] = {}
-
-    @property
-    def label_column(self) -> str | None:
-        """`federation.partition-column`: a topic, say, since texts have no labels of their own."""
-        return self.config.federation.partition_column
 
     def load_base(self) -> nn.Module:
         """Load the base; raises as `load_model` does, and where rows cannot be packed for it."""

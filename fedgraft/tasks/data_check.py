@@ -103,10 +103,12 @@ def check(config: Config, *, task_set: bool, clients: bool) -> Findings:
         ModelError: the base's tokenizer cannot be loaded.
     """
     findings = Findings(str(config.task.data), guessed=not task_set)
+    broken: list[DataError] = []
     try:
-        name = config.task.name if task_set else guess(config)
+        name = config.task.name if task_set else guess(config, broken.append)
     except DataError as error:
-        findings.note_problem(error)
+        for problem in (*broken, error):
+            findings.note_problem(problem)
         return findings
     findings.task = name
     if name not in KINDS:

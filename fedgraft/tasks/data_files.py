@@ -109,6 +109,7 @@ def _records(
 
     Nothing after a quote that never closes can be told apart: reading ends there.
     """
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long document
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
     while True:
         place = reader.line_num + 1

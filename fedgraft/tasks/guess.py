@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from fedgraft.config import Config
 from fedgraft.tasks import messages
+from fedgraft.tasks.records import Report
 from fedgraft.tasks.splits import load_rows
 from fedgraft.tasks.templates import TEMPLATES, Template
 
 
-def guess(config: Config) -> str:
+def guess(config: Config, report: Report = lambda error: None) -> str:
     """Return text-classification for texts and labels, causal-lm for all else.
+
+    Args:
+        config: its `task` group.
+        report: told of every broken row.
 
     Raises:
         DataError: the data hold no training rows.
     """
-    headed = load_rows(config, report=lambda error: None)["train"]
+    headed = load_rows(config, report=report)["train"]
     names = set(headed.columns)
     known = any(set(Template.parse(source).fields) <= names for source in TEMPLATES)
     if config.task.template is not None or known or names & set(messages.COLUMNS):

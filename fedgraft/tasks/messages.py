@@ -59,4 +59,6 @@ def _message(turn: Any, number: int) -> Message:
     content = turn.get("content") if named == "role" else turn.get("value")
     if not isinstance(content, str):
         raise ValueError(f"has a message {number} whose content is no text")
+    if role == "assistant" and not content.strip():
+        raise ValueError(f"has a message {number} of an assistant that says nothing")
     return {"role": role, "content": content}

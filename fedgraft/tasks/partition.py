@@ -61,7 +61,8 @@ def deal(
     Args:
         table: the training rows; only the columns named here are read.
         config: its `federation` group and its seed; the same ones give the same dealing.
-        label: the column with the labels; None for a task without.
+        label: the column with the labels, by which dirichlet and shards go unless
+            `federation.partition-column` names another, a topic, say; None for a task without.
         domain: the column with the domains of a task that has them, which are then the default;
             without it, `federation.partition-column` names the one that partition "domain" takes.
 
@@ -220,6 +221,7 @@ def _column(config: Config, how: str, label: str | None, domain: str | None) -> 
     """Return the column by which rows are dealt."""
     named = config.federation.partition_column
     if how in ("dirichlet", "shards"):
+        label = named or label
         if label is None:
             raise ConfigError(
                 f"federation.partition {how} needs labels, and task {config.task.name} has none",

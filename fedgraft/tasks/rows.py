@@ -132,8 +132,8 @@ class RowsTask(Task):
         return {
             "domain": self.domain_column or self.config.federation.partition_column,
             "natural": self.config.federation.partition_column or self.domain_column,
-            "dirichlet": self.label_column,
-            "shards": self.label_column,
+            "dirichlet": self.config.federation.partition_column or self.label_column,
+            "shards": self.config.federation.partition_column or self.label_column,
         }.get(partition.kind(self.config, self.domain_column))
 
     def split(self, name: str) -> Encoded:

@@ -37,6 +37,13 @@ def test_all_broken_lines_are_named(tmp_path: Path) -> None:
     assert "line 7 has nothing in column 'answer'" in " ".join(done.out.split())
 
 
+def test_lines_are_named_where_all_of_them_are_broken(tmp_path: Path) -> None:
+    found = findings(write(tmp_path / "d.jsonl", "{broken", "{broken"))
+    *lines, last = found["problems"]
+    assert ["line 1" in lines[0], "line 2" in lines[1]] == [True, True] and len(lines) == 2
+    assert "holds no rows" in last
+
+
 def test_broken_csv_and_bytes(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_bytes(b"question,answer\na,b\nc\nd\xff,e\n" + b"f,g\n" * 9)

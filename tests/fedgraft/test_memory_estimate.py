@@ -120,6 +120,18 @@ def test_it_says_where_memory_goes_and_what_would_help(llama: Path) -> None:
     )
 
 
+def test_advice_where_nothing_is_left_to_set(llama: Path) -> None:
+    tight = MemoryEstimate(9, 8, 4, 2, 2, 1, "mps", "1 examples")
+    tried = {
+        "model.dtype": "bfloat16",
+        "model.gradient-checkpointing": True,
+        "train.batch-size": 1,
+    }
+    assert advice(tight, config(llama, **tried)) == (
+        "That is more than is free. Choose a smaller base."
+    )
+
+
 def test_a_task_without_structure_has_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task(Config())
     monkeypatch.setattr(task, "structure", lambda: None)

@@ -61,6 +61,7 @@ def test_rows_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return rising(values)
 
     monkeypatch.setattr(coordinatewise, "_BLOCK", 4 * 5 * 3)
+    monkeypatch.setattr(coordinatewise, "_TILE", 4)
     monkeypatch.setattr(coordinatewise, "rising", counted)
     assert fed.aggregate("coordinate-median").adapter.digest() == whole.digest()
     assert seen == [15, 15, 5, 15]  # three blocks of rows, and the classifier

@@ -115,6 +115,7 @@ def test_the_default_template(llama: Path) -> None:
         ([{"content": "a"}], "a message 1 without a role"),
         (messages([("user", "a"), ("robot", "b")]), "a message 2 of role 'robot'"),
         ([{"role": "assistant", "content": ["a"]}], "a message 1 whose content is no text"),
+        (messages([("user", "a"), ("assistant", " ")]), "a message 2 of an assistant that says no"),
         ([{"role": "assistant", "content": None}], "a message 1 whose content is no text"),
         (messages([("user", "a")]), "no message of an assistant"),
     ],

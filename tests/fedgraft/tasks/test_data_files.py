@@ -26,6 +26,12 @@ def test_csv_quoting_and_line_numbers(tmp_path: Path) -> None:
     assert rows.places == [2, 4, 6]  # where each record starts, the blank line counted
 
 
+def test_a_cell_may_hold_a_long_document(tmp_path: Path) -> None:
+    long = "word " * 40_000  # beyond the 131,072 characters that Python's csv takes by itself
+    rows = read_rows(write(tmp_path / "d.csv", f"text,label\na,0\n{long},1\nb,0\n"), PAIR)
+    assert [len(row["text"]) for row in rows.rows] == [1, 200_000, 1]
+
+
 def test_tsv_takes_quotes_as_they_are(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path / "d.tsv", 'text\tlabel\n" open\t1\n'), PAIR)
     assert rows.rows == [{"text": '" open', "label": "1"}]

@@ -155,6 +155,23 @@ def test_dealing_by_a_column(bert: Path, tmp_path: Path) -> None:
         make(bert, path, federation=natural | {"partition-column": "whom"}).train(0)
 
 
+def test_dirichlet_goes_by_the_column_that_is_named(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    rows = [f"film,{row % 2},topic {row // 2 % 3}" for row in range(300)]
+    path.write_text("\n".join(["text,label,topic", *rows]))
+    skewed = {"clients": 3, "partition": "dirichlet", "concentration": 0.05}
+    task = make(bert, path, federation=skewed | {"partition-column": "topic"})
+    table = task.split("train").table
+    most = Counter[str]()
+    for client in range(3):
+        dealt = table.select(task.train(client).rows)
+        for column in ("label", "topic"):
+            most[column] += max(Counter(dealt[column]).values())
+        assert "topic" in task.describe(client)
+    # topics (a third each) lean to one client, and labels stay as even as they were
+    assert most["topic"] > 0.6 * len(table) > most["label"]
+
+
 def test_describe_by_label(bert: Path, reviews: Path) -> None:
     task = make(bert, reviews, federation={"partition": "shards"})
     rows = task.train(0).rows
