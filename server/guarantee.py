@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fedgraft.config import Config
+from fedgraft.privacy.figures import rounded_up
 
 _UNIT = {"example": "one example of a client", "client": "one client", "local": "one client"}
 _RELATION = {
@@ -53,7 +54,7 @@ def in_words(promised: Mapping[str, Any] | None) -> str:
     """Say a guarantee in one line, as the card and the report do."""
     if promised is None:
         return "none"
-    amount = "without bound" if promised["epsilon"] is None else f"{promised['epsilon']:.4g}"
+    amount = "without bound" if promised["epsilon"] is None else rounded_up(promised["epsilon"])
     said = (
         f"epsilon {amount} at delta {promised['delta']:g} for {promised['unit']} "
         f"({promised['relation']}), against {promised['against']}; "

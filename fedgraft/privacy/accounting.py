@@ -25,14 +25,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from itertools import count
 from typing import Any, Literal
 
 import numpy as np
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-from dp_accounting.pld import privacy_loss_distribution as losses
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from numpy.typing import NDArray
 
 from fedgraft.errors import PrivacyError
@@ -42,7 +39,6 @@ Accountant = Literal["rdp", "pld"]
 ADJACENCY = "add-or-remove-one"
 """The relation between neighbouring data that both accountants assume."""
 
-_ORDERS = RdpAccountant().orders
 _ROUNDING = 1e-13
 """More than what log A(order), a sum of up to 1025 terms near 1, is wrong by in float64."""
 _FINEST = 1e-4
@@ -157,22 +153,37 @@ def calibrate(
 
 
 def _renyi_epsilon(groups: Counter[tuple[float, float]], delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
     divergences = sum(_divergences(*key) * times for key, times in groups.items())
-    value, _ = compute_epsilon(_ORDERS, divergences, delta)
+    value, _ = compute_epsilon(_orders(), divergences, delta)
     return float(value)
+
+
+@cache
+def _orders() -> NDArray[np.float64]:
+    """Return dp-accounting's own orders, (orders,)."""
+    # dp-accounting takes a second to import, which runs without privacy need not wait for.
+    from dp_accounting.rdp import RdpAccountant
+
+    return np.asarray(RdpAccountant().orders, dtype=np.float64)
 
 
 @lru_cache(maxsize=256)
 def _divergences(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]:
     """Return the Renyi divergences of one sampled Gaussian, (orders,)."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    orders = _orders()
     if noise_multiplier < _LEAST_NOISE:
-        return np.full(len(_ORDERS), np.inf)
-    accountant = RdpAccountant(_ORDERS)
+        return np.full(len(orders), np.inf)
+    accountant = RdpAccountant(orders)
     event = PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier))
     with _hushed():
         accountant.compose(event)
     # With very much noise rounding can leave a divergence of nothing, or less: a free release.
-    found: NDArray[np.float64] = np.maximum(accountant.rdp, _ROUNDING / (_ORDERS - 1))
+    found: NDArray[np.float64] = np.maximum(accountant.rdp, _ROUNDING / (orders - 1))
     return found
 
 
@@ -190,6 +201,8 @@ def _interval(bound: float, steps: int) -> float:
 @lru_cache(maxsize=8)
 def _losses(noise_multiplier: float, sampling_rate: float, times: int, interval: float) -> Any:
     """Return the privacy loss distribution of so many sampled Gaussians."""
+    from dp_accounting.pld import privacy_loss_distribution as losses
+
     if sampling_rate == 1:  # so many Gaussians are one with less noise
         return losses.from_gaussian_mechanism(
             noise_multiplier / math.sqrt(times), value_discretization_interval=interval

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fedgraft.privacy.figures import rounded_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,16 +120,6 @@ def show(spent: dict[str, Any], console: Console) -> None:
                 "[yellow]Note:[/yellow] the total holds for single examples; for a client as a "
                 "whole only its own releases count, and the example runs promise it nothing."
             )
-
-
-def rounded_up(value: float | None) -> str:
-    """Return an epsilon with four significant digits, never a smaller one; None is infinite."""
-    if value is None:
-        return "infinite"
-    if value == 0:
-        return "0"
-    step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / step - 1e-9) * step:.4g}"
 
 
 def _promise(mode: str, unit: str, relation: str) -> str:

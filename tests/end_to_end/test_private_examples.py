@@ -73,6 +73,15 @@ def test_a_private_run_tells_what_was_noised_and_nothing_else(tiny: Config, tmp_
         assert client["examples"] == 1.0
     summary = directory.summary()
     assert summary is not None and summary["client_descriptions"] == {"0": "", "1": ""}
+    known = (Ledger(directory.ledgers / f"{client}.jsonl") for client in range(2))
+    assert (
+        summary["epsilon"]
+        == last["epsilon"]
+        == pytest.approx(
+            max(ledger.epsilon(ledger.entries[0].fingerprint, 1e-5, "rdp") for ledger in known)
+        )
+    )
+    assert summary["privacy"]["unit"] == "one example of a client"
     assert len(releases(directory, 0)) == len(releases(directory, 1)) == 2
     assert "evaluate.clients is passed over" in directory.log.read_text()
 

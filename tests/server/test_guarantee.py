@@ -30,7 +30,7 @@ def test_every_figure_stands_with_its_words() -> None:
         "study": False,
     }
     assert in_words(found) == (
-        "epsilon 2.718 at delta 1e-05 for one example of a client (add-or-remove-one), against "
+        "epsilon 2.719 at delta 1e-05 for one example of a client (add-or-remove-one), against "
         "everybody, the server included; Renyi (RDP) accountant, all that the ledgers hold"
     )
 

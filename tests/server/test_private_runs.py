@@ -13,6 +13,7 @@ from small_runs import Summary, go, new, saved, state
 from fedgraft.config import Config
 from fedgraft.deployed import simulation
 from fedgraft.errors import PrivacyError
+from fedgraft.privacy.figures import rounded_up
 from fedgraft.privacy.ledger import Entry, Ledger
 from fedgraft.run_directory import RunDirectory
 from server.client_privacy import fingerprint, ledger_folder
@@ -43,7 +44,18 @@ def finished(path: Path, tiny: Config, **settings: Any) -> tuple[RunDirectory, S
 @pytest.mark.usefixtures("simulated")
 def test_every_round_is_on_the_servers_record(tmp_path: Path, tiny: Config) -> None:
     settings = CLIENT | {"strategy__name": "lora-fair"}
-    directory, _ = finished(tmp_path / "run", tiny, **settings)
+    directory, summary = finished(tmp_path / "run", tiny, **settings)
+    ledger = Ledger(directory.ledgers / "server.jsonl")
+    spent = ledger.epsilon(fingerprint(directory.config()), 1e-5, "rdp")
+    assert summary["epsilon"] == spent > 0 and summary["delta"] == 1e-5
+    assert summary["privacy"]["unit"] == "one client" and summary["privacy"]["study"]
+    told = [record["epsilon"] for record in directory.rounds()]
+    assert told[0] == 0 and told[1:] == sorted(set(told[1:])) and told[-1] == spent
+    card = (directory.adapter / "README.md").read_text()
+    assert (
+        f"| differential privacy | epsilon {rounded_up(spent)} at delta 1e-05 for one client"
+        in card
+    )
     found = entries(directory)
     assert [entry.round for entry in found] == [1, 2, 3]
     for entry in found:

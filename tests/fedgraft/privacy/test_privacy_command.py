@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 
 from fedgraft.errors import ConfigError, LedgerError
 from fedgraft.privacy.accounting import epsilon
-from fedgraft.privacy.command import privacy, rounded_up
+from fedgraft.privacy.command import privacy
 from fedgraft.privacy.events import Release
+from fedgraft.privacy.figures import rounded_up
 from fedgraft.privacy.ledger import Entry, Ledger, head_of
 
 EXAMPLE, PAIR = Release((1.1,), 0.01, 40), Release((3.0, 3.0), 0.3)
