@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from client.seat import RoundOfWork, Seat, partition_of
 from fedgraft.adapter import to_arrays
 from fedgraft.config import Config
-from fedgraft.errors import DiskFullError, FedGraftError
+from fedgraft.errors import DiskFullError, FedGraftError, PrivacyError
 from fedgraft.generation import evaluate
 from fedgraft.messages import Hello, Reply, TrainRequest
 from fedgraft.resident_model import resident_task
@@ -27,7 +27,9 @@ def hello(message: Message, context: Context) -> Message:
     """Answer with this client's name."""
     config = Config.from_run_config(context.run_config)
     index = partition_of(context, config)
-    description = resident_task(config).describe(index)
+    # Under privacy not even of which labels its data are.
+    hidden = config.privacy.against_server
+    description = "" if hidden else resident_task(config).describe(index)
     answer = Hello(str(index), description, _memory(context))
     return Message(answer.encode(), reply_to=message)
 
@@ -61,6 +63,7 @@ def _train(message: Message, context: Context) -> Reply:
     work = RoundOfWork(seat)
     update = seat.rule.local(work.for_rule())
     work.keep(update.kept)
+    update = work.outgoing(update)
     tensors = update.tensors
     plan = seat.rule.plan(request.round)
     if plan.sparse:
@@ -68,7 +71,7 @@ def _train(message: Message, context: Context) -> Reply:
     companions = update.companions
     return Reply(
         arrays=to_arrays(tensors, compact=plan.sparse),
-        weight=float(len(work.examples)),
+        weight=work.weight(),
         metrics=work.metrics(),
         companions=to_arrays(companions) if companions else None,
     )
@@ -76,6 +79,12 @@ def _train(message: Message, context: Context) -> Reply:
 
 def _evaluate(message: Message, context: Context) -> Reply:
     config = Config.from_run_config(context.run_config)
+    if config.privacy.against_server:
+        raise PrivacyError(
+            f"privacy.mode is {config.privacy.mode!r}, and a metric of this client's data would "
+            "tell of them without noise",
+            "Evaluate on data of the server's own.",
+        )
     request = TrainRequest.decode(message.content)
     seat = Seat.take(context, config, request, done=True)
     task = seat.task

@@ -56,7 +56,7 @@ class BatchGradient:
             limits = (len(indices), self._micro_batch, self._model.micro_batch)
             size = min(limit for limit in limits if limit is not None)
             try:
-                loss = backward(self._model, self._task, self._examples, indices, size, self._scale)
+                loss = self._backward(indices, size)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -75,6 +75,9 @@ class BatchGradient:
                 )
             self._model.micro_batch = -(-size // 2)
             log.warning("out of memory: going on with micro-batches of %d", -(-size // 2))
+
+    def _backward(self, indices: np.ndarray, size: int) -> Tensor:
+        return backward(self._model, self._task, self._examples, indices, size, self._scale)
 
     def _unscaled(self) -> bool:
         """Undo the scale of the gradients; where it was too large, halve it and return False.

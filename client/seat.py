@@ -8,7 +8,7 @@ the client's half of the rule train on the resident model and keeps what must ou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,16 +16,20 @@ from flwr.app import Context
 from torch import Tensor
 
 from client.gradient_sketch import gradient_sketches
+from client.local_noise import LocalNoise
 from client.personal import PersonalStore
+from client.privacy_ledger import ledger_path
+from client.private_round import PrivateRound
 from client.trainer import Assignment, LocalResult, train
 from fedgraft.adapter import Adapter, Tensors, digest, from_arrays, parse_factor
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, UpdateError
+from fedgraft.errors import ConfigError, PrivacyError, UpdateError
 from fedgraft.messages import CONSTANT, RESIDUAL, RULE, TrainRequest
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
-from fedgraft.run_directory import PERSONAL_KEY
+from fedgraft.run_directory import LEDGER_KEY, PERSONAL_KEY
 from fedgraft.tasks.task import Task
-from strategies.local import LocalWork, Trained, Training
+from strategies.fitness import check_privacy
+from strategies.local import LocalUpdate, LocalWork, Trained, Training
 from strategies.ranks import cut_factor, ranks_of
 from strategies.registry import build_rule
 from strategies.rule import Rule
@@ -49,6 +53,7 @@ class Seat:
         companions: what the rule sent beside the adapter, its constants included.
         kept: what was kept on this client in its last round, by prefix.
         store: where that lies.
+        ledger: the file of what its data have been asked under privacy.
     """
 
     config: Config
@@ -62,6 +67,7 @@ class Seat:
     companions: Tensors
     kept: Tensors
     store: PersonalStore
+    ledger: Path
 
     @classmethod
     def take(cls, context: Context, config: Config, request: TrainRequest, *, done: bool) -> Seat:
@@ -100,8 +106,10 @@ class Seat:
         held = rule.assemble(received, companions, _under(RULE, kept))
         _check_whole(held, model)
         residual = _under(RESIDUAL, beside) | fixed
+        ledger = ledger_path(str(context.run_config.get(LEDGER_KEY) or ""), str(index))
         return cls(
-            config, request, index, task, model, rule, held, residual, companions, kept, store
+            *(config, request, index, task, model, rule),
+            *(held, residual, companions, kept, store, ledger),
         )
 
     def adapter(self, tensors: Tensors | None = None) -> Adapter:
@@ -125,6 +133,11 @@ class RoundOfWork:
     Attributes:
         examples: the client's own.
         last: what the last call of training left; None before the first.
+
+    Raises:
+        ConfigError: the run's privacy cannot be had with its other settings.
+        PrivacyError: the round would spend more than the budget of the client's data.
+        LedgerError: the ledger of the client's data is damaged.
     """
 
     def __init__(self, seat: Seat) -> None:
@@ -133,6 +146,15 @@ class RoundOfWork:
         self._keep_optimizer = seat.config.train.optimizer_state == "keep"
         self.last: LocalResult | None = None
         self._loss: float | None = None  # of a round that only looked at gradients
+        check_privacy(seat.rule, seat.config)
+        self._private: PrivateRound | None = None
+        self._noise: LocalNoise | None = None
+        request, mode = seat.request, seat.config.privacy.mode
+        place = (seat.config, seat.task, seat.index, request.round, request.lineage, seat.ledger)
+        if mode == "example":
+            self._private = PrivateRound.open(*place)
+        elif mode == "local":
+            self._noise = LocalNoise.pay(*place)
 
     def for_rule(self) -> LocalWork:
         """Return what the rule's client half sees."""
@@ -156,20 +178,18 @@ class RoundOfWork:
         seat = self._seat
         state = _under(OPTIMIZER, seat.kept) if self._keep_optimizer else {}
         config, request = seat.config, seat.request
+        work = Assignment(
+            settings=config.train,
+            seed=config.seed,
+            round=request.round,
+            rounds=max(config.federation.rounds, request.round),
+            client=str(seat.index),
+            how=how,
+        )
+        if self._private is not None:
+            work = replace(work, private=self._private.pay(work.steps(len(self.examples))))
         self.last = train(
-            seat.model,
-            seat.task,
-            self.examples,
-            seat.adapter(start),
-            Assignment(
-                settings=config.train,
-                seed=config.seed,
-                round=request.round,
-                rounds=max(config.federation.rounds, request.round),
-                client=str(seat.index),
-                how=how,
-            ),
-            optimizer_state=state or None,
+            seat.model, seat.task, self.examples, seat.adapter(start), work, state or None
         )
         return self.last
 
@@ -177,6 +197,12 @@ class RoundOfWork:
         self, probes: Mapping[str, tuple[Tensor, Tensor]]
     ) -> Mapping[str, tuple[Tensor, Tensor]]:
         seat = self._seat
+        if self._private is not None:
+            raise PrivacyError(
+                f"{seat.rule.name} asks for the data's gradient as it is, and privacy.mode is "
+                '"example"',
+                "Use another rule, or another mode.",
+            )
         sketches, self._loss = gradient_sketches(
             seat.model, seat.task, self.examples, seat.adapter(), probes
         )
@@ -199,8 +225,32 @@ class RoundOfWork:
         if whole:
             seat.store.save(whole, seat.request.round, seat.request.durable_round)
 
+    def outgoing(self, update: LocalUpdate) -> LocalUpdate:
+        """Return what leaves of the rule's update: all of it, or what noise has covered."""
+        if self._noise is None:
+            return update
+        return self._noise.cover(update, self._seat.held, self._seat.companions)
+
+    def weight(self) -> float:
+        """Return how much this client counts: its examples, or 1 under privacy.
+
+        The number of examples would be a release of its own, and under privacy by client the server
+        weighs all alike.
+        """
+        return float(len(self.examples)) if self._seat.config.privacy.mode == "none" else 1.0
+
     def metrics(self) -> dict[str, float]:
-        """Return the round's agreed numbers: the last training's loss, steps and seconds."""
+        """Return the round's agreed numbers: the last training's loss, steps and seconds.
+
+        Under privacy steps and the epsilon of all that these data have ever been asked: a loss, or
+        how long the batches drawn took, would say more than the noise lets through. Where a whole
+        update is noised, not even steps, which may tell how many examples there are.
+        """
+        if self._noise is not None:
+            return {"epsilon": self._noise.account.epsilon()}
+        if self._private is not None:
+            steps = float(self.last.steps) if self.last is not None else 0.0
+            return {"steps": steps, "epsilon": self._private.ledger.epsilon()}
         if self.last is None:
             loss = {} if self._loss is None else {"loss": self._loss}
             return {**loss, "steps": 0.0, "seconds": 0.0}

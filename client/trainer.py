@@ -7,8 +7,8 @@ of one client is left for the next; the frozen weights are never touched.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from client.batch_gradient import BatchGradient
 from client.latent import Latent
 from client.optimizers import make_optimizer, optimizer_tensors, rate_of, restore_optimizer
+from client.private_training import PrivateGradient, Privately
 from fedgraft.adapter import Adapter, Tensors, pad_rank, parse_factor
 from fedgraft.config import TrainConfig
 from fedgraft.errors import DIVERGED, RunError
@@ -43,6 +44,7 @@ class Assignment:
         rounds: of the whole run; the schedule spans them all.
         client: the client's name; batches and dropout are drawn from streams of this name.
         how: which factors train, and what else the rule asks for.
+        private: by which noise, where every example's part in the result is to be hidden.
     """
 
     settings: TrainConfig
@@ -51,11 +53,19 @@ class Assignment:
     rounds: int
     client: str
     how: Training = PLAIN
+    private: Privately | None = None
 
     @property
     def rates(self) -> Mapping[str, float]:
         """By factor, what its learning rate is multiplied by: the rule's word, or LoRA+'s."""
         return self.how.rates or self.settings.rates
+
+    def steps(self, examples: int) -> int:
+        """Return how many optimizer steps are taken on so many examples."""
+        settings = self.settings
+        if self.how.epochs is not None:
+            settings = settings.model_copy(update={"epochs": self.how.epochs, "steps": None})
+        return settings.steps_for(examples)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class LocalResult(Trained):
     """What training leaves behind; see also `strategies.local.Trained`.
 
     Attributes:
-        loss: mean over the steps' batches.
+        loss: mean over the steps' batches; 0 after private training, which keeps it back.
         steps: optimizer steps taken.
         seconds: wall-clock time of the loop.
         optimizer: the optimizer's state, for `train.optimizer-state = "keep"`.
@@ -97,6 +107,7 @@ def train(
     Raises:
         RunError: tensors are missing, the loss is not finite, or the factors did not move.
         ModelError: a tensor does not fit the model.
+        PrivacyError: private training is asked for, and an example's own gradient is not known.
     """
     begin = start.tensors()
     missing = [name for name in model.parameters if name not in begin]
@@ -111,7 +122,7 @@ def train(
     with _only_trainable(model, parameters):
         loop = _Loop(model, task, examples, work, parameters, optimizer_state, ranks_of(begin))
         dropout_seed = torch_seed(work.seed, "dropout", round=work.round, client=work.client)
-        with forked_torch(dropout_seed, model.device):
+        with forked_torch(dropout_seed, model.device), loop.watching():
             loss = loop.run()
     seconds = time.perf_counter() - began
     after = model.read()
@@ -165,14 +176,8 @@ class _Loop:
         self.model, self.task, self.examples, self.work = model, task, examples, work
         self.parameters = parameters
         self.settings = work.settings
-        if work.how.epochs is not None:
-            update = {"epochs": work.how.epochs, "steps": None}
-            self.settings = work.settings.model_copy(update=update)
-        self.steps = self.settings.steps_for(len(examples))
+        self.steps = work.steps(len(examples))
         self.rate = 0.0
-        self.gradient = BatchGradient(
-            model, task, examples, parameters.values(), self.settings.micro_batch
-        )
         self.latent = Latent(parameters, work.how.bases)
         self.optimizer = make_optimizer(self.latent.leaves, self.settings, work.rates)
         if optimizer_state is not None:
@@ -183,15 +188,36 @@ class _Loop:
             for name, mask in work.how.masks.items()
             if name in parameters
         }
+        size = self.settings.micro_batch
+        self.gradient = BatchGradient(model, task, examples, parameters.values(), size)
+        self.watching: Callable[[], AbstractContextManager[None]] = nullcontext
+        if work.private is not None:
+            self.masks |= self._unpadded()
+            self.gradient = PrivateGradient(
+                model, task, examples, parameters, work.private, self.masks, size
+            )
+            self.watching = self.gradient.watching
+
+    def _unpadded(self) -> Tensors:
+        """Return masks of what is the client's own in padded factors: noise would fill the rest."""
+        return {
+            name: _as_large(torch.ones_like(cut, dtype=torch.bool), parameter)
+            for name, parameter in self.parameters.items()
+            if name not in self.masks
+            and (cut := cut_factor(name, parameter, self.ranks.get(name))).shape != parameter.shape
+        }
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        work = self.work
+        if work.private is not None:
+            return work.private.drawn(len(self.examples))
+        rng = stream(work.seed, "batches", round=work.round, client=work.client)
+        return batch_indices(len(self.examples), self.settings.batch_size, rng)
 
     def run(self) -> float:
         """Take all steps; return the mean loss of their batches."""
         work, settings = self.work, self.settings
-        batches = batch_indices(
-            len(self.examples),
-            settings.batch_size,
-            stream(work.seed, "batches", round=work.round, client=work.client),
-        )
+        batches = self._batches()
         self.model.train_mode()
         total = torch.zeros((), device=self.model.device)
         for step in range(self.steps):
@@ -204,9 +230,13 @@ class _Loop:
             if step == 0:
                 _assert_moved(self.parameters, self.start, work)
         loss = float(total) / self.steps
-        if not np.isfinite(loss):
+        sound, found = np.isfinite(loss), f"the loss is {loss}"
+        if work.private is not None:  # whose loss nobody may see, unlike what was trained
+            sound = all(bool(p.isfinite().all()) for p in self.parameters.values())
+            found = "what was trained is not finite"
+        if not sound:
             raise RunError(
-                f"{DIVERGED} in round {work.round}: the loss is {loss}",
+                f"{DIVERGED} in round {work.round}: {found}",
                 f"Lower train.lr (now {settings.lr}) or set train.grad-clip.",
             )
         return loss
@@ -227,7 +257,7 @@ class _Loop:
             if gradient is not None:
                 gradient.mul_(mask)
         self.latent.pull_back()
-        if settings.grad_clip:
+        if settings.grad_clip and self.work.private is None:  # which clips each example
             leaves = list(self.latent.leaves.values())
             torch.nn.utils.clip_grad_norm_(leaves, settings.grad_clip)
         self.optimizer.step()

@@ -23,7 +23,7 @@ from fedgraft.errors import FedGraftError
 from fedgraft.foreign import FLOORS, import_ours
 
 GROUP = "fedgraft.commands"
-_ORDER = ("simulate", "compare", "report", "export", "data", "strategies")
+_ORDER = ("simulate", "compare", "report", "export", "data", "privacy", "strategies")
 
 
 class Commands(click.Group):

@@ -161,6 +161,8 @@ class FederationConfig(Group):
 
     clients: Positive = 6
     fraction: Fraction = 1.0  # of the clients, sampled each round
+    # poisson: each client by itself with probability `fraction`, as amplification assumes
+    sampling: Literal["fixed", "poisson"] = "fixed"
     min_clients: Positive = 1  # fewer valid updates than this end the run
     deadline: Annotated[float, Field(gt=0.0)] = 3600.0  # seconds to wait for a round's replies
     rounds: Positive = 40
@@ -241,6 +243,42 @@ class EvaluateConfig(Group):
     prompts: list[str] | None = None  # continued after each evaluation, for people to read
 
 
+class PrivacyConfig(Group):
+    """`[privacy]`: whose data the run protects, against whom, and by how much noise."""
+
+    mode: Literal["none", "example", "client", "local"] = "none"
+    # noise's standard deviation over the clip; or the budget that it is calibrated to
+    noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
+    target_epsilon: Annotated[float, Field(gt=0.0)] | None = None
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    clip: Annotated[float, Field(gt=0.0)] = 1.0  # of an example's gradient, or a client's update
+    adaptive_clip: bool = False  # client: the clip follows the median of the updates' norms
+    accountant: Literal["rdp", "pld"] = "rdp"  # pld: tighter and slower
+
+    @property
+    def against_server(self) -> bool:
+        """Whether the server is one of those whom the data are protected against.
+
+        Then no client tells it how many examples it has, their labels, or a loss or metric of them.
+        """
+        return self.mode in ("example", "local")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> PrivacyConfig:
+        if self.mode == "none":
+            return self
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError(
+                f'privacy.mode is "{self.mode}": set one of privacy.noise-multiplier and '
+                "privacy.target-epsilon"
+            )
+        if self.adaptive_clip and self.mode != "client":
+            raise ValueError(
+                f'privacy.adaptive-clip works under privacy.mode "client", and it is "{self.mode}"'
+            )
+        return self
+
+
 class CheckpointConfig(Group):
     """`[checkpoint]`: what a resume can continue from."""
 
@@ -264,6 +302,7 @@ class Config(Group):
     train: TrainConfig = TrainConfig()
     strategy: StrategyConfig = StrategyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
     seed: Annotated[int, Field(ge=0)] = 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 DIVERGED = "training diverged"
 """How the reason begins of a client whose loss is no number any more."""
+BUDGET = "the privacy budget is spent"
+"""How the reason begins of a client that would spend more than its budget."""
 
 
 class FedGraftError(Exception):
@@ -54,6 +56,18 @@ class UpdateError(FedGraftError):
 
 class RunError(FedGraftError):
     """A federation that could not go on (too few clients, a full disk, a damaged checkpoint)."""
+
+
+class PrivacyError(FedGraftError):
+    """A privacy guarantee that cannot be given."""
+
+
+class LedgerError(PrivacyError):
+    """A privacy ledger that is damaged, cut short or missing; it is never read as an empty one."""
+
+
+class BudgetSpentError(RunError):
+    """A round without enough updates, for no other reason than that budgets are spent."""
 
 
 class DiskFullError(RunError):

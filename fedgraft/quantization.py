@@ -109,6 +109,16 @@ def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: found[name] for name in sorted(found, key=natural_order)}
 
 
+def mixes_examples(model: nn.Module) -> bool:
+    """Whether what a quantised layer makes of one example depends on the others in its batch.
+
+    LLM.int8() computes a feature in half precision if it is large in any row, and those of others
+    are rows, too.
+    """
+    states = (getattr(module, "state", None) for module in quantised_modules(model).values())
+    return any(getattr(state, "threshold", 0.0) > 0.0 for state in states)
+
+
 def keep_weights_as_stored(model: nn.Module) -> None:
     """Stop 4-bit layers from rewriting their weights when they are first evaluated on a CPU.
 

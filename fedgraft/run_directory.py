@@ -7,6 +7,7 @@ summary.json   the run in one object, written when it has finished
 adapter/       the chosen adapter as PEFT loads it
 checkpoints/   what a resume continues from
 personal/      what simulated clients keep between rounds
+ledgers/       what simulated clients' data, and the server's, have been asked under privacy
 spool/         the updates of the round at work
 plots/, report.html, run.log, progress.jsonl (what the screen follows)
 """
@@ -34,6 +35,8 @@ OUT_KEY = "fedgraft.out"
 """Key of Flower's run config that holds the run directory's path."""
 PERSONAL_KEY = "fedgraft.personal"
 """Key of Flower's run config that tells simulated clients where to keep personal state."""
+LEDGER_KEY = "fedgraft.ledgers"
+"""Key of Flower's run config that tells simulated clients where to keep their privacy ledgers."""
 
 PLAN_FILE = "comparison.toml"
 """What tells a comparison's directory from a run's: strategies, seeds, grid and common config."""
@@ -64,6 +67,7 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.personal = path / "personal"
+        self.ledgers = path / "ledgers"
         self.spool = path / "spool"
         self.plots = path / "plots"
         self.report = path / "report.html"

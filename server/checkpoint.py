@@ -85,6 +85,7 @@ class Checkpoints:
             "holders": sorted(state.holders),
             "constants-hash": state.constants_hash,
             "counted": dict(state.counted),
+            "clips": list(state.clips),
             "run": checkpoint.notes,
         }
         write_tensors(self.folder / f"round-{state.round:06d}.safetensors", tensors, notes)
@@ -148,5 +149,6 @@ def _decoded(tensors: Tensors, notes: Mapping[str, Any]) -> Checkpoint:
         holders=frozenset(notes["holders"]),
         constants_hash=notes["constants-hash"],
         counted=notes["counted"],
+        clips=tuple(notes["clips"]),
     )
     return Checkpoint(state, best, notes["run"])

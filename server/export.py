@@ -21,6 +21,7 @@ from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors
 from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
+from server.guarantee import in_words
 from server.units import Unit
 
 WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -136,7 +137,7 @@ def adapter_card(
 | seed | {summary["seed"]} |
 | test {metric}, {before} | {summary["initial"]:.4f} |
 | test {metric}, this adapter | {summary["final"]:.4f} |
-{_clients(summary)}| differential privacy | none |
+{_clients(summary)}| differential privacy | {in_words(summary["privacy"])} |
 | lineage | `{lineage}`{f", started from {given}" if given else ""} |
 
 ```python

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedgraft.settings import flatten
+from server.guarantee import in_words
 from server.results import Results, Run
 from server.series import clients_at_chosen_round, natural
 from server.units import NOTHING, Unit, clip, listed, number, ranges
@@ -230,8 +231,12 @@ def versions(results: Results) -> list[tuple[str, str]]:
 
 
 def _notes(run: Run) -> Iterable[str]:
+    if run.summary.get("privacy"):
+        yield f"Differential privacy: {in_words(run.summary['privacy'])}."
     if run.summary.get("stopped_early"):
         yield "Stopped early: validation had not improved for evaluate.patience evaluations."
+    if run.summary.get("budget_spent"):
+        yield "Stopped early: the clients had no privacy budget left for another round."
     for note in run.summary.get("notes") or ():
         yield str(note)
     for record in run.rounds.values():

@@ -21,15 +21,19 @@ from flwr.serverapp import Grid
 from fedgraft import interrupts
 from fedgraft.adapter import Adapter, LoraLayer, natural_order, to_arrays
 from fedgraft.config import Config
+from fedgraft.deployed import is_deployed
 from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
 from fedgraft.generation import evaluate
 from fedgraft.memory_estimate import estimate
+from fedgraft.privacy.events import Release
 from fedgraft.resident_model import SMALL_MODEL, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.schedule import learning_rate
 from server.checkpoint import Checkpoint, Checkpoints
+from server.client_privacy import PrivateFederation, ledger_folder
 from server.export import adapter_card, read_adapter, write_adapter
+from server.guarantee import guarantee
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
 from server.summary import Bookkeeping, summarise
@@ -84,6 +88,13 @@ class FederatedRun(RoundHooks):
         self.board = (
             TensorBoard(directory.path / "tensorboard") if config.track.tensorboard else None
         )
+        self.deployed = is_deployed()
+        self.private: PrivateFederation | None = None
+        if config.privacy.mode == "client":
+            folder = ledger_folder(directory.ledgers, deployed=self.deployed)
+            self.private = PrivateFederation.open(
+                self.config, self.rule, self.lineage, folder, deployed=self.deployed
+            )
         self.task.validation()  # what is wrong with it is said before any client is asked
         personal = self.rule.capabilities.personal
         self.samples = Samples(self.task, self.model, directory, personal=personal)
@@ -130,6 +141,7 @@ class FederatedRun(RoundHooks):
             scaling=self.model.scaling,
             residual=residual,
             fraction=config.federation.fraction,
+            sampling=config.federation.sampling,
             clients=config.federation.clients,
             min_clients=config.federation.min_clients,
             seed=config.seed,
@@ -141,12 +153,26 @@ class FederatedRun(RoundHooks):
             rank_scaling=by_root if config.adapter.type == "rslora" else by_rank,
             spool=self.directory.spool,
             hooks=self,
+            privacy=None if self.private is None else self.private.mechanism,
         )
 
     @property
     def _clients_evaluate(self) -> bool:
-        """Whether clients are asked; nobody else has the whole of what a personal rule trains."""
+        """Whether clients are asked; nobody else has the whole of what a personal rule trains.
+
+        Under privacy they are not: what they would say of their own data has no noise.
+        """
+        if self.config.privacy.against_server or self._keeps_back:
+            return False
         return self.config.evaluate.clients or self.rule.capabilities.personal
+
+    @property
+    def _keeps_back(self) -> bool:
+        """Whether who was sampled, and what clients say of themselves, is shown to nobody.
+
+        A deployed private run shows what noise covers; a simulation is a study, and shows it all.
+        """
+        return self.deployed and self.config.privacy.mode != "none"
 
     def _initial_adapter(self) -> Adapter:
         if self.config.adapter.from_ is not None:
@@ -183,6 +209,12 @@ class FederatedRun(RoundHooks):
             strategy=self.config.strategy.name,
             seed=self.config.seed,
         )
+        if self.config.privacy.against_server and self.config.evaluate.clients:
+            log.info(
+                "privacy.mode is %s: evaluate.clients is passed over, since metrics of the "
+                "clients' own data would tell of them without noise",
+                self.config.privacy.mode,
+            )
         if self.books is not None:
             return
         metrics = self._test(outcome.state.adapter, outcome.test)
@@ -194,21 +226,26 @@ class FederatedRun(RoundHooks):
                 f"{start} has a test {self.task.metric} of {initial}",
                 f"Set model.dtype to float32, or choose another {'one' if given else 'base'}.",
             )
-        self.books = Bookkeeping(
-            initial=initial, initial_metrics=metrics, descriptions=_ordered(descriptions)
-        )
+        told = {} if self._keeps_back else _ordered(descriptions)
+        self.books = Bookkeeping(initial=initial, initial_metrics=metrics, descriptions=told)
         self._record(outcome)
         self._save(outcome)
 
     def on_sampled(self, round: int, clients: list[str]) -> None:
         """Tell the screen whom the round asks."""
         interrupts.check()
-        self.progress.write(SAMPLED, round=round, clients=clients)
+        self.progress.write(SAMPLED, round=round, clients=[] if self._keeps_back else clients)
 
     def on_reply(self, round: int, client: str, trouble: str) -> None:
         """Tell the screen that a client has answered."""
         interrupts.check()
-        self.progress.write(REPLY, round=round, client=client, trouble=trouble)
+        if not self._keeps_back:
+            self.progress.write(REPLY, round=round, client=client, trouble=trouble)
+
+    def on_release(self, round: int, release: Release) -> None:
+        """Write down what a round under privacy by client is about to release."""
+        assert self.private is not None
+        self.private.record(round, release)
 
     def on_round(self, outcome: RoundOutcome) -> bool:
         """Evaluate, record, checkpoint; return True when patience has run out."""
@@ -240,7 +277,14 @@ class FederatedRun(RoundHooks):
             if self.books.best_round != before:
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
-        record = round_record(outcome, validation, rate)
+        self.books = replace(self.books, epsilon=self._epsilon(outcome))
+        record = round_record(
+            outcome,
+            validation,
+            rate,
+            keep_back=self._keeps_back,
+            privacy=self._guarantee(),
+        )
         self.directory.append_round(record)
         if self.board is not None:
             self.board.add(record)
@@ -250,6 +294,19 @@ class FederatedRun(RoundHooks):
             value=validation[self.task.metric] if validation else None,
             loss=record["train_loss"],
         )
+
+    def _epsilon(self, outcome: RoundOutcome) -> float | None:
+        """Return what all releases amount to: by the server's own ledger, or as clients tell."""
+        assert self.books is not None
+        if self.private is not None:
+            return self.private.account.epsilon()
+        told = [report.metrics.get("epsilon") for report in outcome.reports.values()]
+        known = [value for value in (*told, self.books.epsilon) if value is not None]
+        return max(known, default=None)
+
+    def _guarantee(self) -> dict[str, Any] | None:
+        assert self.books is not None
+        return guarantee(self.config, self.books.epsilon, deployed=self.deployed)
 
     def _save(self, outcome: RoundOutcome) -> None:
         assert self.books is not None
@@ -287,6 +344,18 @@ class FederatedRun(RoundHooks):
             found["examples"] = sum(report.examples for report in reports.values())
         return found
 
+    def on_budget_spent(self, outcome: RoundOutcome) -> None:
+        """End the run early: look at the last round if nobody has, and save it."""
+        assert self.books is not None
+        round = outcome.state.round
+        if round % self.config.evaluate.every:
+            metric = self._validate(outcome)[self.task.metric]
+            self.books = self.books.after_evaluation(self.task, round, metric)
+            if self.books.best_round == round:
+                self.best = outcome.state.adapter
+        self.books = replace(self.books, budget_spent=True)
+        self._save(outcome)
+
     def on_end(self, test: Mapping[str, ClientReport]) -> None:
         """Remember what the clients' own parts reached on the test split, where there are some."""
         if test:
@@ -314,6 +383,7 @@ class FederatedRun(RoundHooks):
             final,
             peak_memory(self.model.device),
             self._estimated_memory(),
+            self._guarantee(),
         )
         card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)

@@ -25,6 +25,8 @@ class Bookkeeping:
         best: that metric.
         stale: evaluations since then.
         stopped_early: patience ran out.
+        budget_spent: the clients' privacy budget ran out.
+        epsilon: the largest that a client has told of so far; None without privacy.
         wall_seconds: over all sessions, evaluation and checkpoints included.
         descriptions: what each client says its data is.
     """
@@ -34,6 +36,8 @@ class Bookkeeping:
     best: float | None = None
     stale: int = 0
     stopped_early: bool = False
+    budget_spent: bool = False
+    epsilon: float | None = None
     wall_seconds: float = 0.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
     initial_metrics: Mapping[str, float] = field(default_factory=dict)
@@ -63,6 +67,7 @@ def summarise(
     final: Mapping[str, float],
     peak_memory: int,
     estimated_memory: int | None,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return summary.json's content.
 
@@ -74,6 +79,7 @@ def summarise(
         final: the test metrics of the chosen adapter.
         peak_memory: of this process, in bytes.
         estimated_memory: what training was told to take, in bytes; None for small models.
+        privacy: what the run promises, see `server.guarantee`.
     """
     return {
         "strategy": config.strategy.name,
@@ -94,14 +100,16 @@ def summarise(
         "validation_best": books.best,
         "stopped_early": books.stopped_early,
         "patience": config.evaluate.patience,
-        "bytes_up": sum(record["bytes_up"] for record in records),
-        "bytes_down": sum(record["bytes_down"] for record in records),
+        "budget_spent": books.budget_spent,
+        "bytes_up": _bytes(records, "bytes_up"),
+        "bytes_down": _bytes(records, "bytes_down"),
         "wall_seconds": round(books.wall_seconds, 3),
         "train_seconds": _seconds(records, "train"),
         "aggregate_seconds": _seconds(records, "aggregate"),
         "client_steps": int(sum(_client_values(records, "steps"))),
-        "epsilon": None,
-        "delta": None,
+        "epsilon": None if privacy is None else privacy["epsilon"],
+        "delta": None if privacy is None else privacy["delta"],
+        "privacy": None if privacy is None else dict(privacy),
         "peak_memory_bytes": peak_memory,
         "estimated_memory_bytes": estimated_memory,
         "refused_updates": sum(len(record["refused"]) for record in records),
@@ -161,6 +169,12 @@ def _examples(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     for record in records:
         found |= {n: int(c["examples"]) for n, c in record["clients"].items() if "examples" in c}
     return {name: found[name] for name in sorted(found, key=natural_order)}
+
+
+def _bytes(records: Iterable[Mapping[str, Any]], key: str) -> int | None:
+    """Return the traffic of all rounds; None where they keep it back."""
+    counts = [record[key] for record in records]
+    return None if None in counts else sum(counts)
 
 
 def _seconds(records: Iterable[Mapping[str, Any]], phase: str) -> float:

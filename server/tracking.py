@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def round_record(
-    outcome: RoundOutcome, validation: Mapping[str, float] | None, learning_rate: float | None
+    outcome: RoundOutcome,
+    validation: Mapping[str, float] | None,
+    learning_rate: float | None,
+    *,
+    keep_back: bool = False,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return one line of rounds.jsonl.
 
@@ -24,7 +30,12 @@ def round_record(
         outcome: the round.
         validation: the server's metrics on the validation split, or None in a round without.
         learning_rate: of the round's first step; None for round 0.
+        keep_back: leave out all that tells who took part, and what clients say of themselves: of a
+            private run that is deployed nobody may see it.
+        privacy: what the run has promised so far, see `server.guarantee`.
     """
+    if keep_back:
+        outcome = RoundOutcome(outcome.state, seconds=outcome.seconds, notes=outcome.notes)
     names = sorted(outcome.reports.keys() | outcome.validation.keys(), key=natural_order)
     bias = outcome.bias
     return {
@@ -36,15 +47,23 @@ def round_record(
         "sampled": outcome.sampled,
         "failed": outcome.failed,
         "refused": outcome.refused,
-        "bytes_up": outcome.bytes_up,
-        "bytes_down": outcome.bytes_down,
+        "bytes_up": None if keep_back else outcome.bytes_up,
+        "bytes_down": None if keep_back else outcome.bytes_down,
         "seconds": outcome.seconds,
         "aggregation_bias": None
         if bias is None
         else {"before": bias.before, "after": bias.after, "repairable": bias.repairable},
-        "epsilon": None,
+        "epsilon": None if privacy is None else privacy["epsilon"],
+        "privacy": None if privacy is None else dict(privacy),
         "notes": list(outcome.notes),
-    }
+    } | _signal(outcome)
+
+
+def _signal(outcome: RoundOutcome) -> dict[str, Any]:
+    """Return how much of every layer's change is noise, in a study of privacy by client."""
+    if not outcome.signal:
+        return {}
+    return {"signal_to_noise": {name: asdict(found) for name, found in outcome.signal.items()}}
 
 
 def _client(outcome: RoundOutcome, name: str) -> dict[str, Any]:

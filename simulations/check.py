@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from client.per_example import check_layers
 from fedgraft.config import Config
 from fedgraft.devices import check_optimizer
 from fedgraft.errors import ConfigError
@@ -31,6 +32,7 @@ def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Con
             clients than examples.
         DataError: data that cannot be read.
         ModelError: a base that cannot be loaded, or targets that match nothing.
+        PrivacyError: a layer that trains, whose per-example gradients are not known.
     """
     check_rule(build_rule(config.strategy.name, config.strategy.options), config)
     with hushed():
@@ -45,6 +47,8 @@ def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Con
             _tell_memory(task, config, say)
         model = resident_model(task, config)
         check_optimizer(config.train.optimizer, model.device)
+        if config.privacy.mode == "example":
+            check_layers(model.model, model.parameters)
         if text := left_as_they_are(model.unquantised):
             say(text)
         if config.adapter.from_ is not None:

@@ -93,7 +93,7 @@ def is_finished(config: Config, directory: RunDirectory) -> bool:
     summary = directory.summary()
     if summary is None:
         return False
-    if summary["rounds"] >= config.federation.rounds:
+    if summary["rounds"] >= config.federation.rounds or summary.get("budget_spent"):
         return True
     return bool(summary["stopped_early"]) and summary.get("patience") == config.evaluate.patience
 
@@ -102,6 +102,12 @@ def how_to_go_on(directory: RunDirectory) -> str:
     """Say of a finished run that it is, and how it may be extended."""
     summary = directory.summary()
     assert summary is not None
+    if summary.get("budget_spent"):
+        return (
+            f"The run in {directory.path} stopped after round {summary['rounds']}, when its "
+            "clients' privacy budget was spent; to go on, start a new run with a larger "
+            f"privacy.target-epsilon and --set adapter.from={directory.adapter}."
+        )
     if summary["stopped_early"]:
         state, key = f"stopped early after round {summary['rounds']}", "evaluate.patience"
     else:

@@ -80,11 +80,13 @@ def aggregate(
     """
     if not spool.clients:
         raise RunError(f"round {round} has no update to aggregate", "See which clients failed.")
-    return _Round(rule, spool, current, state, round, seed, participation).aggregate()
+    return RoundHost(rule, spool, current, state, round, seed, participation).aggregate()
 
 
 @dataclass
-class _Round:
+class RoundHost:
+    """One round of a rule; see `aggregate` for the fields."""
+
     rule: Rule
     spool: UpdateSpool
     current: Adapter
@@ -95,6 +97,7 @@ class _Round:
     shares: tuple[float, ...] | None = None  # where the rule gives others than n_k / sum n
 
     def aggregate(self) -> Aggregated:
+        """Take layer by layer, then extra by extra."""
         plan, notes = self.rule.plan(self.round), self._weigh()
         layers: dict[str, LoraLayer] = {}
         residual: dict[str, LoraLayer] = {}
@@ -115,8 +118,7 @@ class _Round:
             own = of_layer(name, self.state)
             made = ExtraResult(value, own)
             if plan.extras:
-                rest = {key: t for key, t in own.items() if not key.startswith(_STEP)}
-                at = ExtraContext(name, self.round, value.float(), rest, self.participation)
+                at = self._extra_context(name)
                 made = self._stepped_extra(self._extra(at), at, own)
             extras[name] = made.value.float()
             next_state |= {beside(name, key): tensor for key, tensor in made.state.items()}
@@ -179,6 +181,12 @@ class _Round:
         return replace(result, factors=factors_made, state=result.state | buffers)
 
     # Extras
+
+    def _extra_context(self, name: str) -> ExtraContext:
+        own = of_layer(name, self.state)
+        rest = {key: tensor for key, tensor in own.items() if not key.startswith(_STEP)}
+        value = self.current.extras[name].float()
+        return ExtraContext(name, self.round, value, rest, self.participation)
 
     def _extra(self, context: ExtraContext) -> ExtraResult:
         updates = self._extras(context.name)

@@ -23,6 +23,8 @@ MEANINGS = {
     "quantised_base": "nothing is written into the base's own weights",
     "dora": "DoRA's magnitudes may be averaged beside the factors (adapter.type=dora)",
     "any_start": "adapter.init may be orthogonal, pissa or olora, whose B is not zero",
+    "client_privacy": "privacy.mode=client may clip and noise the rule's sums; the other rules "
+    "work, as post-processing, on what privacy.mode=example or local made private on the clients",
     "extras": "what becomes of trained tensors that are not LoRA, a classifier's head, say",
 }
 """What each of a rule's capabilities means, for people."""
@@ -71,8 +73,8 @@ def _table(rules: list[type[Rule]]) -> Table:
     for name in MEANINGS:
         table.add_column(_words(name), justify="center")
     for rule in rules:
-        able = asdict(rule.capabilities)
-        table.add_row(rule.name, *(_told(able[name]) for name in MEANINGS))
+        able = rule.capabilities
+        table.add_row(rule.name, *(_told(getattr(able, name)) for name in MEANINGS))
     return table
 
 
@@ -84,7 +86,8 @@ def _told(value: bool | str) -> str:
 
 def _row(rule: type[Rule]) -> dict[str, object]:
     named = {"name": rule.name, "title": rule.title, "citation": rule.citation}
-    return named | {"options": _options(rule)} | asdict(rule.capabilities)
+    able = asdict(rule.capabilities) | {"client_privacy": rule.capabilities.client_privacy}
+    return named | {"options": _options(rule)} | able
 
 
 def _options(rule: type[Rule]) -> dict[str, object]:

@@ -89,7 +89,7 @@ class FedSB(SumOnlyRule):
     name = "fed-sb"
     title = "Fed-SB"
     citation = "Singhal et al., 2025, arXiv:2502.15436"
-    capabilities = Capabilities(sum_only=True, exact=True, any_start=False)
+    capabilities = Capabilities(sum_only=True, exact=True, any_start=False, one_training=False)
     Options = FedSBOptions
     options: FedSBOptions
 
@@ -175,7 +175,15 @@ class FedSB(SumOnlyRule):
             """What a client adds: its sketches G Omega and Psi G, or its R (r, r)."""
             return {name: update.companions[name] for name in names}
 
-        return (Phase(f"mean of {' and '.join(names)}", contribute, keep_mean),)
+        def start(context: LayerContext) -> Tensors:
+            """What a client that has not moved adds: no gradient, or the R that it received."""
+            if round > 1:
+                return {"R": context.state["R"]}
+            r, d_out, d_in = _shape(context.current)
+            m, rows = sketch_sizes(r, d_out, d_in)
+            return {"Y": torch.zeros(d_out, m), "W": torch.zeros(rows, d_in)}
+
+        return (Phase(f"mean of {' and '.join(names)}", contribute, keep_mean, start),)
 
     def conclude(self, context: LayerContext) -> LayerResult:
         """Return A0 and B0 R; they are made in round 1, and afterwards only R changes."""

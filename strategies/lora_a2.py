@@ -87,7 +87,7 @@ class LoRAA2(SumOnlyRule):
     name = "lora-a2"
     title = "LoRA-A2"
     citation = "Koo et al., ACL 2025, arXiv:2410.22815"
-    capabilities = Capabilities(sum_only=True, exact=True, mixed_ranks=True)
+    capabilities = Capabilities(sum_only=True, exact=True, mixed_ranks=True, one_training=False)
     Options = LoRAA2Options
     options: LoRAA2Options
 

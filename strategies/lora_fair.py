@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from fedgraft.adapter import LoraLayer, Tensors
@@ -70,6 +71,11 @@ def centred_residual(update: LoraLayer, context: LayerContext) -> Tensors:
     return {"residual": (update.B - B) @ ((update.A - A) @ A.T)}
 
 
+def no_residual(context: LayerContext) -> Tensors:
+    """What phase 2 is measured from: nothing, since its products are centred as they stand."""
+    return {"residual": torch.zeros_like(context.current.B)}
+
+
 class LoRAFair(SumOnlyRule):
     """Average A and B, then correct Bbar by ridge regression on the averaging error."""
 
@@ -88,7 +94,7 @@ class LoRAFair(SumOnlyRule):
 
     def phases(self, round: int) -> tuple[Phase, ...]:
         """Return the two phases: the means, then the centred residual and the corrected B."""
-        return (MEANS, Phase("residual", centred_residual, self._corrected))
+        return (MEANS, Phase("residual", centred_residual, self._corrected, no_residual))
 
     def _corrected(self, mean: Tensors, context: LayerContext) -> Tensors:
         correction = ridge_correction(mean["residual"], context.shared["A"], self.options.lambda_)

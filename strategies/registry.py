@@ -7,7 +7,6 @@ Another package adds a rule with one file and one line in its pyproject.toml:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -60,7 +59,7 @@ def option_names(name: str) -> list[str]:
 def able(capability: str) -> str:
     """Return the names of all installed rules with a capability, for a remedy."""
     classes = {name: rule_class(name) for name in rule_names()}
-    return ", ".join(n for n, cls in classes.items() if asdict(cls.capabilities)[capability])
+    return ", ".join(n for n, cls in classes.items() if getattr(cls.capabilities, capability))
 
 
 def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from flwr.app import Message, MetricRecord, MetricRecordValues
 
 from fedgraft.adapter import Tensors, from_arrays, natural_order, payload_bytes
-from fedgraft.errors import DIVERGED, RunError, UpdateError
+from fedgraft.errors import BUDGET, DIVERGED, BudgetSpentError, RunError, UpdateError
 from fedgraft.messages import Reply
 from strategies.rounds import ClientReport
 from strategies.spool import UpdateSpool
@@ -99,17 +99,26 @@ class Training:
 
         Raises:
             RunError: they are not; every reason is told, with the clients that have it.
+            BudgetSpentError: they are not, and every reason is a privacy budget.
         """
         if len(self.reports) >= least:
             return
         told: dict[str, list[str]] = {}
         for client, reason in in_order(self.failed | self.refused).items():
             told.setdefault(reason, []).append(client)
+        text = (
+            f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
+            "federation.min-clients asks for"
+        )
+        if told and all(reason.startswith(BUDGET) for reason in told):
+            clients = ", ".join(in_order(self.failed))
+            raise BudgetSpentError(
+                f"{text}: {BUDGET} of client {clients}", "Raise privacy.target-epsilon."
+            )
         diverged = bool(told) and all(DIVERGED in reason for reason in told)
         reasons = "; ".join(f"client {', '.join(names)}: {why}" for why, names in told.items())
         raise RunError(
-            f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
-            f"federation.min-clients asks for ({reasons or 'no client was there to ask'})",
+            f"{text} ({reasons or 'no client was there to ask'})",
             "Lower train.lr or set train.grad-clip in a new run: a resume keeps both."
             if diverged
             else "Mend those clients, or lower federation.min-clients.",

@@ -33,7 +33,10 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
     """
     # A list, since Flower's own grid goes through the messages twice; and it returns None as the
     # id of a message that it could not take.
-    waiting = {message_id for message_id in grid.push_messages(list(messages)) if message_id}
+    sent = list(messages)
+    if not sent:
+        return
+    waiting = {message_id for message_id in grid.push_messages(sent) if message_id}
     heard = time.monotonic()
     while waiting:
         arrived = False

@@ -6,6 +6,7 @@ two, and gives replies to the strategy as they arrive.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from fedgraft.errors import BudgetSpentError
 from strategies.replies import mean_metrics
 from strategies.roster import exchange
 from strategies.rounds import ClientReport, RoundOutcome, StrategyState
 
 if TYPE_CHECKING:
     from strategies.strategy import AdapterStrategy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,7 +51,7 @@ class RoundLoop:
     result: Result = field(default_factory=Result)
 
     def run(self, state: StrategyState, *, new: bool) -> Result:
-        """Go from a state to the last round, or until a hook says stop.
+        """Go from a state to the last round, or until a hook or the clients' budgets say stop.
 
         Args:
             state: to start from.
@@ -67,8 +71,16 @@ class RoundLoop:
         validation = self._validate(state.round) if strategy.evaluate_every else {}
         before = RoundOutcome(state, validation=validation, test=self._test(state.round))
         strategy.hooks.on_start(before, strategy.roster.descriptions)
+        outcome = before
         for round in range(state.round + 1, self.last + 1):
-            outcome = self._round(round)
+            try:
+                outcome = self._round(round)
+            except BudgetSpentError as error:
+                if round == 1:  # nothing has come of the run
+                    raise
+                log.warning("%s: the run ends with what it has", error.message)
+                strategy.hooks.on_budget_spent(outcome)
+                break
             self._evaluate_centrally(round)
             if strategy.hooks.on_round(outcome):
                 break

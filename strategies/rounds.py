@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedgraft.adapter import Adapter, Tensors
+from fedgraft.privacy.events import Release
 from strategies.diagnostics import AggregationBias
+from strategies.signal import SignalToNoise
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class StrategyState:
         ranks: clients of a smaller rank than the adapter's, with that rank.
         holders: clients that hold what the rule sends only once, whose digest is `constants_hash`.
         counted: the last round in which each client's update was used.
+        clips: under privacy by client, what each phase's contributions are clipped to next.
     """
 
     round: int
@@ -33,6 +36,7 @@ class StrategyState:
     holders: frozenset[str] = frozenset()
     constants_hash: str = ""
     counted: Mapping[str, int] = field(default_factory=dict)
+    clips: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class RoundOutcome:
         seconds: by phase (`train`, `aggregate`, `validate`).
         bias: None where single updates are not visible.
         notes: what the rule had to say.
+        signal: by layer, how much of its change is noise, in a study of privacy by client.
     """
 
     state: StrategyState
@@ -74,6 +79,7 @@ class RoundOutcome:
     seconds: dict[str, float] = field(default_factory=dict)
     bias: AggregationBias | None = None
     notes: tuple[str, ...] = ()
+    signal: Mapping[str, SignalToNoise] = field(default_factory=dict)
 
 
 class RoundHooks:
@@ -92,9 +98,18 @@ class RoundHooks:
     def on_reply(self, round: int, client: str, trouble: str) -> None:
         """See a client's reply arrive; `trouble` is empty when its update will be used."""
 
+    def on_release(self, round: int, release: Release) -> None:
+        """See what a round under privacy by client will release, before its clients are asked.
+
+        Raise a BudgetSpentError to end the run instead.
+        """
+
     def on_round(self, outcome: RoundOutcome) -> bool:
         """See a finished round; return True to stop."""
         return False
+
+    def on_budget_spent(self, outcome: RoundOutcome) -> None:
+        """See the last round there will be, since clients have no privacy budget for another."""
 
     def on_end(self, test: Mapping[str, ClientReport]) -> None:
         """See every client's own test after the last round, where the rule leaves parts on them."""

@@ -53,6 +53,9 @@ class Capabilities:
             stands outside the norm that they scale.
         any_start: factors may start from a product that is not zero, with what takes it away
             beside the base: no rule drops a part of it or takes it for something learned.
+        noise: goes on as it should from updates that were clipped and noised: nothing that the
+            server adds up over rounds has to agree with what clients keep.
+        one_training: in a round a client sees its data in one training, and not besides.
     """
 
     sum_only: bool
@@ -65,6 +68,17 @@ class Capabilities:
     server_optimizer: bool = False
     dora: bool = True
     any_start: bool = True
+    one_training: bool = True
+    noise: bool = True
+
+    @property
+    def client_privacy(self) -> bool:
+        """Whether a host that clips and noises sums makes the rule private by client.
+
+        It needs nothing but sums, can take their noise, and is judged by what the server holds:
+        what clients measure of parts of their own would be released unnoised.
+        """
+        return self.sum_only and self.noise and not self.personal
 
 
 @dataclass(frozen=True)
@@ -177,11 +191,22 @@ class Phase:
         name: for messages and logs.
         contribute: what one client adds to the sum, from its update and the context.
         finish: what the server makes of the weighted mean; later phases find it in `shared`.
+        start: what a client that has not moved adds: a host that clips measures from there. None:
+            what `contribute` makes of the current layer.
     """
 
     name: str
     contribute: Callable[[LayerUpdate, LayerContext], Tensors]
     finish: Callable[[Tensors, LayerContext], Tensors]
+    start: Callable[[LayerContext], Tensors] | None = None
+
+    def unmoved(self, context: LayerContext) -> Tensors:
+        """Return what a client that has not moved adds, which everybody knows."""
+        if self.start is not None:
+            return self.start(context)
+        current = context.current
+        rank = current.rank
+        return self.contribute(LayerUpdate(current.A, current.B, current.scaling, rank), context)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ class Scaffold(SumOnlyRule):
     name = "scaffold"
     title = "SCAFFOLD"
     citation = "Karimireddy et al., ICML 2020, arXiv:1910.06378"
-    capabilities = Capabilities(sum_only=True, server_optimizer=True)
+    # c adds up every round's noise, and no longer is the mean of what clients keep
+    capabilities = Capabilities(sum_only=True, server_optimizer=True, noise=False)
     Options = ScaffoldOptions
     options: ScaffoldOptions
 

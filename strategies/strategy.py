@@ -41,8 +41,10 @@ from fedgraft.adapter import (
 from fedgraft.messages import TrainRequest
 from fedgraft.seeds import stream
 from strategies.aggregation import Aggregated, aggregate
+from strategies.client_privacy import ClientPrivacy
 from strategies.diagnostics import aggregation_bias
-from strategies.fitness import check_mixed_ranks
+from strategies.fitness import check_client_privacy, check_mixed_ranks
+from strategies.private_round import PrivateAggregate, aggregate_privately
 from strategies.ranks import RankScaling, assigned, by_rank
 from strategies.registry import build_rule
 from strategies.replies import Training, evaluation, in_order, mean_metrics
@@ -50,8 +52,8 @@ from strategies.requests import Requests
 from strategies.roster import Roster
 from strategies.round_loop import RoundLoop
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
-from strategies.rule import Rule
-from strategies.sampling import sample_size
+from strategies.rule import Rule, SumOnlyRule
+from strategies.sampling import Sampling, sampled
 from strategies.spool import UpdateSpool
 from strategies.validation import ABSURD, Intake, norm
 
@@ -69,6 +71,7 @@ class AdapterStrategy(Strategy):
         scaling: alpha / r of the adapter's layers.
         residual: frozen factors that stand beside the base from the start, by layer.
         fraction: share of the clients that is sampled each round.
+        sampling: so many clients, or each by itself with that probability ("poisson").
         clients: how many clients to wait for before the first round.
         min_clients: fewer usable updates than this end the run.
         seed: of the run; client samples are drawn from it.
@@ -83,9 +86,11 @@ class AdapterStrategy(Strategy):
         rank_scaling: gives a smaller rank's scaling; alpha / r unless the adapter is an rsLoRA.
         spool: folder for the round's updates; a temporary one by default.
         hooks: what to do around rounds.
+        privacy: clip and noise what the rule sums, see `strategies.client_privacy`; its rate takes
+            the place of `fraction`, sampling is Poisson, and no number of updates ends the run.
 
     Raises:
-        ConfigError: an unknown rule or option.
+        ConfigError: an unknown rule or option, or a rule that cannot be private by client.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class AdapterStrategy(Strategy):
         scaling: float | Mapping[str, float] = 1.0,
         residual: Mapping[str, LoraLayer] | None = None,
         fraction: float = 1.0,
+        sampling: Sampling = "fixed",
         clients: int = 1,
         min_clients: int = 1,
         seed: int = 0,
@@ -108,13 +114,17 @@ class AdapterStrategy(Strategy):
         rank_scaling: RankScaling = by_rank,
         spool: Path | None = None,
         hooks: RoundHooks | None = None,
+        privacy: ClientPrivacy | None = None,
     ) -> None:
         self.rule = build_rule(rule, options) if isinstance(rule, str) else rule
         if ranks is not None:
             check_mixed_ranks(self.rule, "ranks")
+        if privacy is not None:
+            check_client_privacy(self.rule, mixed_ranks=ranks is not None)
         self.scaling = scaling
         self.residual = dict(residual or {})
         self.fraction = fraction
+        self.sampling: Sampling = sampling
         self.clients = clients
         self.min_clients = min_clients
         self.seed = seed
@@ -126,6 +136,7 @@ class AdapterStrategy(Strategy):
         self.ranks = ranks
         self.rank_scaling = rank_scaling
         self.hooks = hooks or RoundHooks()
+        self.privacy = privacy
         self.roster = Roster()
         self._spool_folder = spool
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -188,15 +199,19 @@ class AdapterStrategy(Strategy):
     ) -> Iterable[Message]:
         """Sample clients and encode what the rule's plan sends them."""
         state = self._state_for(server_round, arrays)
+        if self.privacy is not None:
+            assert isinstance(self.rule, SumOnlyRule)  # checked at the start
+            phases = len(self.rule.phases(server_round))
+            self.hooks.on_release(server_round, self.privacy.release(phases))
         self.roster.refresh(grid)
-        sampled = self.sample(server_round)
+        names = self.sample(server_round)
         requests = self._requests(server_round, state, training=True)
-        content = {name: requests.for_client(name) for name in sampled}
+        content = {name: requests.for_client(name) for name in names}
         self._outcome = RoundOutcome(
-            state, sampled=sampled, bytes_down=sum(map(_payload, content.values()))
+            state, sampled=names, bytes_down=sum(map(_payload, content.values()))
         )
         self._constants_hash = requests.constants_hash
-        self.hooks.on_sampled(server_round, sampled)
+        self.hooks.on_sampled(server_round, names)
         return [
             Message(request.encode(config), self.roster.node_of(name), MessageType.TRAIN)
             for name, request in content.items()
@@ -214,24 +229,23 @@ class AdapterStrategy(Strategy):
         spool.clear()  # of a round that failed
         training = self._collect(server_round, replies, spool)
         trained = time.perf_counter()
-        training.require(server_round, self.min_clients)
-        current = self.state.adapter
-        made = aggregate(
-            self.rule,
-            spool,
-            current,
-            self.state.rule,
-            server_round,
-            seed=self.seed,
-            participation=len(spool.clients) / max(1, len(self.roster.names())),
-        )
+        private: PrivateAggregate | None = None
+        if self.privacy is not None:
+            private = self._aggregate_privately(server_round, spool, self.privacy)
+            made = private.made
+        else:
+            training.require(server_round, self._least)
+            made = self._aggregate(server_round, spool)
         for note in made.notes:
             log.info("Round %d: %s", server_round, note)
         bias = None
-        if self.rule.plan(server_round).train:  # where no factor comes up, there is no DW to miss
-            bias = aggregation_bias(self.rule, spool, current, made.adapter, server_round)
+        # where no factor comes up, there is no DW to miss
+        if private is None and spool.clients and self.rule.plan(server_round).train:
+            before = self.state.adapter
+            bias = aggregation_bias(self.rule, spool, before, made.adapter, server_round)
         spool.clear()
-        self.adopt(self._next_state(server_round, made, training))
+        state = self._next_state(server_round, made, training)
+        self.adopt(state if private is None else replace(state, clips=private.clips))
         self._outcome = replace(
             self.outcome,
             state=self.state,
@@ -241,8 +255,11 @@ class AdapterStrategy(Strategy):
             bytes_up=training.bytes_up,
             bias=bias,
             notes=made.notes,
+            signal={} if private is None else private.signal,
             seconds=self.outcome.seconds | {"aggregate": time.perf_counter() - trained},
         )
+        if self.privacy is not None and not self.privacy.study:
+            return self.current_arrays(), None  # metrics are releases, too
         return self.current_arrays(), mean_metrics(self.outcome.reports)
 
     def configure_evaluate(
@@ -260,11 +277,56 @@ class AdapterStrategy(Strategy):
     # Steps of a round
 
     def sample(self, round: int) -> list[str]:
-        """Return the clients of a round, a function of seed, round and the names that are there."""
+        """Return the clients of a round, a function of seed, round and the names that are there.
+
+        Under privacy by client the source of the run's noise draws them instead.
+        """
         names = self.roster.names()
-        count = min(sample_size(self.fraction, len(names)), len(names))
-        picked = stream(self.seed, "sample", round=round).choice(len(names), count, replace=False)
-        return [names[index] for index in sorted(picked)]
+        if self.privacy is not None:
+            source = self.privacy.randomness("sample", round)
+            return [names[at] for at in source.poisson_sample(len(names), self.privacy.rate)]
+        return sampled(
+            names, self.fraction, self.sampling, stream(self.seed, "sample", round=round)
+        )
+
+    @property
+    def _least(self) -> int:
+        """How many usable updates a round needs: no more than a Poisson sample holds."""
+        asked = len(self.outcome.sampled)
+        return min(self.min_clients, asked) if self.sampling == "poisson" else self.min_clients
+
+    def _aggregate(self, round: int, spool: UpdateSpool) -> Aggregated:
+        """Let the rule combine the updates; of an empty sample nothing changes."""
+        state = self.state
+        if not spool.clients:
+            return Aggregated(state.adapter, state.rule, ("no client was sampled",))
+        return aggregate(
+            self.rule,
+            spool,
+            state.adapter,
+            state.rule,
+            round,
+            seed=self.seed,
+            participation=len(spool.clients) / max(1, len(self.roster.names())),
+        )
+
+    def _aggregate_privately(
+        self, round: int, spool: UpdateSpool, privacy: ClientPrivacy
+    ) -> PrivateAggregate:
+        """Let the host clip and noise the rule's sums."""
+        if self.outcome.sampled and not spool.clients:
+            log.warning("Round %d has no usable update: its result is noise alone", round)
+        state = self.state
+        return aggregate_privately(
+            self.rule,
+            spool,
+            state.adapter,
+            state.rule,
+            round,
+            privacy,
+            state.clips,
+            seed=self.seed,
+        )
 
     def _requests(
         self, round: int, state: StrategyState, *, training: bool, split: str = "validation"
@@ -327,6 +389,7 @@ class AdapterStrategy(Strategy):
             ranks={**old.ranks, **training.ranks},
             holders=holders,
             constants_hash=self._constants_hash,
+            clips=old.clips,
             counted={**old.counted, **dict.fromkeys(in_order(training.reports), round)},
         )
 
@@ -354,7 +417,9 @@ class AdapterStrategy(Strategy):
             if trouble:
                 log.warning("Round %d, client %s: %s", round, client, trouble)
             self.hooks.on_reply(round, client, trouble)
-        for client, trouble in training.refuse_outliers().items():
+        # one client must not decide about another's update, where its presence is a secret
+        refused = {} if self.privacy else training.refuse_outliers()
+        for client, trouble in refused.items():
             log.warning("Round %d, client %s: %s", round, client, trouble)
         for client in training.missing(self.outcome.sampled):
             self.hooks.on_reply(round, client, training.failed[client])

@@ -59,6 +59,17 @@ def test_local_training_has_the_plain_loops_loss(
         assert float(row.split("within ")[1].split()[0]) < 1e-5
 
 
+def test_private_training_is_timed_beside_plain_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(monkeypatch, "private_training").main(["--quick"]) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if "1 thread" in row]
+    assert len(rows) == 2
+    for row in rows:
+        plain, private, ratio = map(float, row.strip("| ").split(" | ")[3:6])
+        assert plain > 0.0 and private > 0.0 and ratio > 0.0
+
+
 def test_every_rule_is_measured_and_is_its_dense_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

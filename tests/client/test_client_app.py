@@ -16,7 +16,7 @@ from fedgraft.config import RUN_CONFIG_KEY, Config
 from fedgraft.flower import set_identity, set_message_id
 from fedgraft.messages import HELLO, Hello, Reply, TrainRequest
 from fedgraft.resident_model import ResidentModel
-from fedgraft.run_directory import PERSONAL_KEY
+from fedgraft.run_directory import LEDGER_KEY, PERSONAL_KEY
 from fedgraft.tasks.task import Task
 from strategies.local import Training
 
@@ -28,6 +28,7 @@ def ask(
     *,
     node: dict[str, Any] | None = None,
     personal: Path | None = None,
+    ledgers: Path | None = None,
 ) -> Message:
     """Send one message to the ClientApp, as partition 1 of 2 unless `node` says another."""
     set_identity(7)
@@ -36,6 +37,8 @@ def ask(
     run_config: dict[str, Any] = {RUN_CONFIG_KEY: config.to_json()}
     if personal is not None:
         run_config[PERSONAL_KEY] = str(personal)
+    if ledgers is not None:
+        run_config[LEDGER_KEY] = str(ledgers)
     node = {"partition-id": 1, "num-partitions": 2} if node is None else node
     reply: Message = app(
         message=message,

@@ -100,6 +100,7 @@ def write_run(
                     "repairable": 0.06,
                 },
                 "epsilon": None,
+                "privacy": None,
             }
         )
     best = rounds if rounds % every == 0 else rounds - rounds % every
@@ -123,6 +124,7 @@ def write_run(
         "aggregate_seconds": 0.4 * slow,
         "client_steps": 5 * rounds * clients,
         "epsilon": None,
+        "privacy": None,
         "delta": None,
         "peak_memory_bytes": round(512e6 * slow),
         "refused_updates": sum(len(record["refused"]) for record in records),

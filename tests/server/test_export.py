@@ -31,6 +31,7 @@ from server.export import (
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 SUMMARY = {
+    "privacy": None,
     "strategy": "lora-fair",
     "task": "digits",
     "clients": 2,

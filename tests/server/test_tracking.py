@@ -67,6 +67,7 @@ def test_a_record_holds_what_is_documented():
         "seconds": {"train": 0.5},
         "aggregation_bias": {"before": 0.24, "after": 0.23, "repairable": 0.06},
         "epsilon": None,
+        "privacy": None,
         "notes": ["q: fell back"],
     }
     assert list(record["clients"]) == ["1", "2", "10"]

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fedgraft.adapter import Adapter, LoraLayer, Tensors, factor_name, parse_factor
 from strategies.aggregation import aggregate
+from strategies.client_privacy import ClientPrivacy
 from strategies.local import LocalUpdate, LocalWork, Trained, Training
+from strategies.private_round import aggregate_privately
 from strategies.rule import Rule
 from strategies.spool import UpdateSpool
 
@@ -127,6 +129,7 @@ class Server:
 
     rule: Rule
     adapter: Adapter
+    privacy: ClientPrivacy | None = None
     state: Tensors = field(default_factory=dict)
     round: int = 0
     held: dict[str, Tensors] = field(default_factory=dict)
@@ -165,9 +168,13 @@ class Server:
                 spool.add(name, client.weight, sent | update.companions)
                 client.kept = update.kept
                 self.held[name], self.updates[name] = start, update
-            made = aggregate(
-                rule, spool, self.adapter, self.state, round, participation=participation
-            )
+            if self.privacy is not None:
+                how = self.privacy
+                made = aggregate_privately(rule, spool, self.adapter, self.state, round, how).made
+            else:
+                made = aggregate(
+                    rule, spool, self.adapter, self.state, round, participation=participation
+                )
         self.adapter, self.state, self.round = made.adapter, made.state, round
 
 

@@ -113,3 +113,28 @@ def test_flasc_and_fedex_take_a_start_whole() -> None:
         check("flasc", {"adapter.init": init})
         check("fedex-lora", {"adapter.init": init})
     check("fedex-lora", {"adapter.init": "orthogonal", "strategy.energy": 0.99})
+
+
+EXAMPLE = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0}
+
+
+def test_which_rules_keep_to_one_private_training() -> None:
+    assert refused_by(EXAMPLE) == {"fed-sb", "lora-a2", "fedsa-lora"}
+    with pytest.raises(ConfigError, match=r"clients of fed-sb look at their data") as caught:
+        check("fed-sb", EXAMPLE)
+    named = caught.value.remedy.removeprefix("Use one of ").removesuffix(".").split(", ")
+    assert set(named) == set(rule_names()) - {"fed-sb", "lora-a2", "fedsa-lora"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"task.name": "causal-lm", "train.packing": True}, "train.packing lays several examples"),
+        ({"adapter.type": "dora"}, "gradient of the magnitudes"),
+        ({"model.dtype": "float16"}, "leave the range of model.dtype float16"),
+    ],
+)
+def test_what_no_example_can_be_clipped_in(settings: dict[str, Any], words: str) -> None:
+    check("fedavg", settings)
+    with pytest.raises(ConfigError, match=words):
+        check("fedavg", settings | EXAMPLE)
