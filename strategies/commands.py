@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from string import ascii_lowercase
 
 import click
 from rich.console import Console
@@ -28,6 +30,8 @@ MEANINGS = {
     "extras": "what becomes of trained tensors that are not LoRA, a classifier's head, say",
 }
 """What each of a rule's capabilities means, for people."""
+WIDE = 114
+"""Columns of a screen on which the capabilities' names fit above the table's columns."""
 
 
 @click.command()
@@ -43,9 +47,14 @@ def strategies(as_json: bool) -> None:
         click.echo(json.dumps([_row(rule) for rule in rules], indent=2))
         return
     console = Console()
-    console.print(_table(rules))
+    heads = {name: _words(name) for name in MEANINGS}
+    legend = heads
+    if console.width < WIDE:
+        heads = dict(zip(MEANINGS, ascii_lowercase, strict=False))
+        legend = {name: f"{letter}  {_words(name)}" for name, letter in heads.items()}
+    console.print(_table(rules, heads))
     for name, meaning in MEANINGS.items():
-        console.print(f"[bold]{_words(name)}[/bold]: {meaning}", highlight=False)
+        console.print(f"[bold]{legend[name]}[/bold]: {meaning}", highlight=False)
     console.print()
     for rule in rules:
         console.print(f"[bold]{rule.name}[/bold]: {rule.title}. {rule.citation}", highlight=False)
@@ -67,11 +76,11 @@ def _option(owner: type[Rule] | type[RuleOptions], name: str) -> str:
     return f"{field.alias or name}={default}"
 
 
-def _table(rules: list[type[Rule]]) -> Table:
+def _table(rules: list[type[Rule]], heads: Mapping[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy.name", no_wrap=True)
     for name in MEANINGS:
-        table.add_column(_words(name), justify="center")
+        table.add_column(heads[name], justify="center")
     for rule in rules:
         able = rule.capabilities
         table.add_row(rule.name, *(_told(getattr(able, name)) for name in MEANINGS))

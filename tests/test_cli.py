@@ -106,6 +106,16 @@ def test_json_is_all_there_is_on_standard_output(
         assert Path(path).exists()
 
 
+def test_the_table_of_strategies_fits_a_narrow_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = call("strategies").out
+    assert "…" not in narrow and "a  sum only:" in narrow
+    assert narrow.splitlines()[0].split() == ["strategy.name", *"abcdefghijk"]
+    monkeypatch.setenv("COLUMNS", "114")
+    wide = call("strategies").out
+    assert "…" not in wide and "a  sum only" not in wide
+
+
 def test_strategies_are_shown_as_a_table_too() -> None:
     done = call("strategies")
     assert done.status == 0 and "arXiv:2403.12313" in done.out and "ffa-lora" in done.out
