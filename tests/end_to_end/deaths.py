@@ -40,10 +40,12 @@ def in_training(round: int) -> None:
 
     train, calls = seat.train, 0
 
-    def wrapped(model: Any, task: Any, examples: Any, start: Any, work: Any, **more: Any) -> Any:
+    def wrapped(
+        model: Any, task: Any, examples: Any, start: Any, work: Any, *more: Any, **options: Any
+    ) -> Any:
         nonlocal calls
         calls += work.round == round
-        made = train(model, task, examples, start, work, **more)
+        made = train(model, task, examples, start, work, *more, **options)
         if calls == 2:
             _die()
         return made
@@ -55,7 +57,7 @@ def in_aggregation(round: int) -> None:
     """In the middle of a round's layers."""
     from strategies import aggregation
 
-    layer, calls = aggregation._Round._layer, 0
+    layer, calls = aggregation.RoundHost._layer, 0
 
     def wrapped(self: Any, context: Any, factors: Any) -> Any:
         nonlocal calls
@@ -64,7 +66,7 @@ def in_aggregation(round: int) -> None:
             _die()
         return layer(self, context, factors)
 
-    aggregation._Round._layer = wrapped  # type: ignore[method-assign]
+    aggregation.RoundHost._layer = wrapped  # type: ignore[method-assign]
 
 
 def _writing(is_it: Callable[[Path], bool], *, whole: bool = False) -> None:

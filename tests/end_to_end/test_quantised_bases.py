@@ -11,6 +11,7 @@ import torch
 from tiny_models import shared
 
 from fedgraft.config import Config
+from fedgraft.quantization import keep_weights_as_stored
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from simulations.engine import run_engine
@@ -76,6 +77,7 @@ def test_a_language_model_learns_on_a_quantised_base_and_exports(
     base = AutoModelForCausalLM.from_pretrained(
         config.model.base, quantization_config=chosen, device_map={"": "cpu"}, dtype=torch.float32
     )
+    keep_weights_as_stored(base)  # else bitsandbytes fails on widths like these on some CPUs
     theirs = PeftModel.from_pretrained(base, str(directory.adapter)).eval()
     model = resident_model(resident_task(directory.config()), directory.config())
     tensors = {n: p.detach() for n, p in theirs.named_parameters() if "lora_" in n}
