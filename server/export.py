@@ -164,6 +164,8 @@ def _precision(config: Config) -> str:
 def _training_examples(summary: Mapping[str, Any]) -> str:
     """Say how many there are, and what clients hold of them."""
     counts = summary["client_examples"]
+    if summary["privacy"] is not None:
+        return "not told: privacy keeps the number with the clients"
     if not counts:
         return "none: no client has trained"
     total, least, most = sum(counts.values()), min(counts.values()), max(counts.values())

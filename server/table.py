@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedgraft.privacy.figures import rounded_up
 from server.statistics import (
     START,
     Comparison,
@@ -140,7 +141,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
                 aggregate=seconds(_mean(runs, "aggregate_seconds")),
                 steps=_whole(_mean(runs, "client_steps")),
                 memory=megabytes(_mean(runs, "peak_memory_bytes")),
-                epsilon=f"{max(spent):.2f}" if spent else NOTHING,
+                epsilon=rounded_up(max(spent)) if spent else NOTHING,
             )
         )
     return rows

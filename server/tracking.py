@@ -43,7 +43,7 @@ def round_record(
         "lr": learning_rate,
         "train_loss": _mean_loss(outcome),
         "validation": finite(validation) if validation is not None else None,
-        "clients": {name: _client(outcome, name) for name in names},
+        "clients": {name: _client(outcome, name, counts=privacy is None) for name in names},
         "sampled": outcome.sampled,
         "failed": outcome.failed,
         "refused": outcome.refused,
@@ -66,11 +66,12 @@ def _signal(outcome: RoundOutcome) -> dict[str, Any]:
     return {"signal_to_noise": {name: asdict(found) for name, found in outcome.signal.items()}}
 
 
-def _client(outcome: RoundOutcome, name: str) -> dict[str, Any]:
+def _client(outcome: RoundOutcome, name: str, *, counts: bool) -> dict[str, Any]:
+    """Return one client's part of the record; under privacy its weight counts no examples."""
     found: dict[str, Any] = {}
     if report := outcome.reports.get(name):
+        found |= {"examples": report.examples} if counts else {}
         found |= {
-            "examples": report.examples,
             "train_loss": report.metrics.get("loss"),
             "steps": report.metrics.get("steps"),
             "seconds": report.metrics.get("seconds"),

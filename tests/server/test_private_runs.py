@@ -56,6 +56,8 @@ def test_every_round_is_on_the_servers_record(tmp_path: Path, tiny: Config) -> N
         f"| differential privacy | epsilon {rounded_up(spent)} at delta 1e-05 for one client"
         in card
     )
+    # every client weighs 1, which is no number of examples
+    assert summary["client_examples"] == {} and "| training examples | not told" in card
     found = entries(directory)
     assert [entry.round for entry in found] == [1, 2, 3]
     for entry in found:
