@@ -3,6 +3,7 @@
     python benchmarks/comparison.py --list
     python benchmarks/comparison.py domain label-skew
     python benchmarks/comparison.py tune tune-sgd --seeds 100
+    python benchmarks/comparison.py tune-sst2 --base FOLDER --data train.tsv --seeds 100
     python benchmarks/comparison.py sst2 --base FOLDER --data train.tsv --seeds 0 1 2
     python benchmarks/comparison.py stories --base FOLDER --data gsm8k --seeds 0
 
@@ -55,18 +56,18 @@ SENTIMENT = ("fedavg", "ffa-lora", "lora-fair", "flexlora", "rolora")
 SST2 = {
     "task.name": "text-classification",
     "task.max-length": 32,
-    "task.samples": 1200,
+    "task.samples": 4000,
     "evaluate.samples": 300,
-    "evaluate.every": 8,
+    "evaluate.every": 16,
     "federation.partition": "dirichlet",
     "federation.concentration": 1.0,
-    "federation.rounds": 8,
-    "train.steps": 4,
+    "federation.rounds": 16,
+    "train.steps": 8,
     "train.batch-size": 8,
     "train.lr": 0.002,
     "compare.flexlora.train.lr": 0.002,
     "compare.rolora.train.lr": 0.002,
-    "compare.ffa-lora.train.lr": 0.004,
+    "compare.ffa-lora.train.lr": 0.008,
     "threads": 1,
 }
 STORIES = {
@@ -159,8 +160,14 @@ EXPERIMENTS = {
         tuple(name.removeprefix("compare.") for name in STORIES if name.startswith("compare.")),
         ("base", "centralised"),
     ),
+    "tune-sst2": Experiment(
+        "learning rates for sentiment, by validation, on a seed of its own",
+        SST2,
+        SENTIMENT,
+        grid={"train.lr": [0.002, 0.004, 0.008]},
+    ),
     "sst2": Experiment(
-        "sentiment of 1,200 sentences, six clients by Dirichlet 1 over labels, MiniLM",
+        "sentiment of 4,000 sentences, six clients by Dirichlet 1 over labels, MiniLM",
         SST2,
         SENTIMENT,
         ("base", "centralised"),

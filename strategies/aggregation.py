@@ -9,7 +9,7 @@ results are float32: the mean of equal updates is that update, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,7 @@ class RoundHost:
     seed: int
     participation: float
     shares: tuple[float, ...] | None = None  # where the rule gives others than n_k / sum n
+    surveyed: Tensors = field(default_factory=dict)  # what its survey shares with every layer
 
     def aggregate(self) -> Aggregated:
         """Take layer by layer, then extra by extra."""
@@ -132,6 +133,7 @@ class RoundHost:
             name,
             self.round,
             _float32(self.current.layers[name]),
+            shared=self.surveyed,
             state={k: t for k, t in of_layer(name, self.state).items() if not k.startswith(_STEP)},
             residual=None if residual is None else _float32(residual),
             seed=self.seed,
@@ -186,7 +188,7 @@ class RoundHost:
         own = of_layer(name, self.state)
         rest = {key: tensor for key, tensor in own.items() if not key.startswith(_STEP)}
         value = self.current.extras[name].float()
-        return ExtraContext(name, self.round, value, rest, self.participation)
+        return ExtraContext(name, self.round, value, rest, self.participation, self.surveyed)
 
     def _extra(self, context: ExtraContext) -> ExtraResult:
         updates = self._extras(context.name)
@@ -217,7 +219,7 @@ class RoundHost:
     def _weigh(self) -> list[str]:
         """Let a rule that weighs clients by their whole updates do so; return its notes."""
         rule = self.rule
-        if not isinstance(rule, SurveyingRule):
+        if not isinstance(rule, SurveyingRule) or not rule.surveys:
             return []
         plan = rule.plan(self.round)
         total: Tensor | None = None
@@ -232,7 +234,7 @@ class RoundHost:
                 total = measure if total is None else total + measure
         assert total is not None
         weighing = rule.weigh(total, list(self.spool.shares.values()))
-        self.shares = weighing.shares
+        self.shares, self.surveyed = weighing.shares, weighing.shared
         return list(weighing.notes)
 
 

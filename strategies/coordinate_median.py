@@ -20,6 +20,7 @@ class CoordinateMedian(Coordinatewise):
     name = "coordinate-median"
     title = "Coordinate median"
     citation = "Yin et al., ICML 2018, arXiv:1803.01498"
+    needs_byzantine = False
 
     def left_out(self, K: int) -> int:
         """Return all but the value in the middle, or the two."""

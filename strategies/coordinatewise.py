@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from strategies.low_rank import Term
-from strategies.robust import ROBUST, ProductRule, best_layer
+from strategies.robust import Mixable, best_layer
 from strategies.rule import (
     ExtraContext,
     ExtraResult,
     LayerContext,
     LayerResult,
+    Weighing,
     WeightedExtra,
     WeightedLayer,
 )
@@ -34,13 +35,20 @@ _TILE = 4096
 """So many rows are turned and sorted at a time: 800 KiB for 50 clients, which a cache holds."""
 
 
-class Coordinatewise(ProductRule):
+class Coordinatewise(Mixable):
     """A rule that takes the mean of the values in the middle, entry by entry.
 
     Every client counts alike.
     """
 
-    capabilities = ROBUST
+    @property
+    def surveys(self) -> bool:
+        """Only the mixing needs distances."""
+        return self.options.mixing
+
+    def share(self, gram: Tensor, shares: Sequence[float]) -> Weighing:
+        """Return equal shares; `combine` takes the entries as they come."""
+        return Weighing((1.0 / len(gram),) * len(gram))
 
     @abstractmethod
     def left_out(self, K: int) -> int:
@@ -56,13 +64,13 @@ class Coordinatewise(ProductRule):
         for start in range(0, d_out, step):
             block = product[start : start + step]
             entries = (B[:, start : start + step] @ A).reshape(K, -1)
-            block.copy_(self._middle(entries).reshape(block.shape))
+            block.copy_(self._middle(_mixed(entries, context)).reshape(block.shape))
         return LayerResult(best_layer([_as_term(product)], context.current))
 
     def combine_extra(self, updates: Sequence[WeightedExtra], context: ExtraContext) -> ExtraResult:
         """Return the statistic of all values."""
         values = torch.stack([update.value.double().flatten() for update in updates])
-        return ExtraResult(self._middle(values).reshape(context.current.shape))
+        return ExtraResult(self._middle(_mixed(values, context)).reshape(context.current.shape))
 
     def _middle(self, values: Tensor) -> Tensor:
         """Return the mean of the middle (n) of values (K, n)."""
@@ -71,6 +79,12 @@ class Coordinatewise(ProductRule):
         kept = rising(values)[:, f : K - f]
         # a product with 1 / (K - 2 f) takes a third of the time of a mean over short rows
         return torch.mv(kept, kept.new_full((K - 2 * f,), 1.0 / (K - 2 * f)))
+
+
+def _mixed(values: Tensor, context: LayerContext | ExtraContext) -> Tensor:
+    """Return the entries (K, n) of the mixed updates, or as they are where nothing is mixed."""
+    M = context.shared.get("mixing")
+    return values if M is None else M.to(values.dtype) @ values
 
 
 def rising(values: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from pydantic import Field
 from torch import Tensor
 
 from strategies.gram import squared_distances
-from strategies.robust import Surveyed, WeightOptions
+from strategies.mixing import MixingOptions
+from strategies.robust import Mixable, WeightOptions
 from strategies.rule import Weighing
 
 _ITERATIONS = 10_000
@@ -38,7 +39,7 @@ _STILL = 1e-9
 """The largest change at the end, relative to each share: that of a huge update is tiny."""
 
 
-class GeometricMedianOptions(WeightOptions):
+class GeometricMedianOptions(WeightOptions, MixingOptions):
     """Options of the geometric median.
 
     Attributes:
@@ -52,7 +53,7 @@ def typical_distance(distances: Tensor) -> float:
     """Return how far the nearest half of the clients lies from the client that lies best; above 0.
 
     Less than half of the clients cannot move it beyond what honest ones differ by. Where half of
-    them agree it is the smallest distance that is not 0, and 0 where all do.
+    them agree it is the smallest distance that is not 0.
 
     Args:
         distances: squared, (K, K).
@@ -60,8 +61,7 @@ def typical_distance(distances: Tensor) -> float:
     others = distances.sort(dim=1).values  # the first is the client itself
     half = others[:, len(others) // 2].min()
     if half == 0.0:
-        apart = distances[distances > 0.0]
-        half = apart.min() if len(apart) else half
+        half = distances[distances > 0.0].min()
     return float(half.sqrt())
 
 
@@ -73,9 +73,12 @@ def weiszfeld(gram: Tensor, weights: Tensor, smoothing: float) -> Tensor:
         weights: w_k, (K), which add up to 1.
         smoothing: nu over the typical distance.
     """
-    nu = smoothing * typical_distance(squared_distances(gram))
-    if nu == 0.0:  # all updates are the same
-        return weights
+    distances = squared_distances(gram)
+    agreed = (distances == 0.0).double() @ weights
+    if agreed.max() > 0.5:  # where most of the weight lies no pull of the rest is stronger
+        there = weights * (distances[agreed.argmax()] == 0.0)
+        return there / there.sum()
+    nu = smoothing * typical_distance(distances)
     shares = weights
     for _ in range(_ITERATIONS):
         inner = gram @ shares
@@ -89,7 +92,7 @@ def weiszfeld(gram: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     return shares
 
 
-class GeometricMedian(Surveyed):
+class GeometricMedian(Mixable):
     """Hand out the update from which the distances to all clients' add up to the least."""
 
     name = "geometric-median"
@@ -97,8 +100,9 @@ class GeometricMedian(Surveyed):
     citation = "Pillutla et al., IEEE TSP 2022, arXiv:1912.13445"
     Options = GeometricMedianOptions
     options: GeometricMedianOptions
+    needs_byzantine = False
 
-    def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
+    def share(self, gram: Tensor, shares: Sequence[float]) -> Weighing:
         """Return the shares of the smoothed Weiszfeld iteration's limit."""
-        weights = self.options.weights_of(shares).to(survey.device)
-        return Weighing(tuple(weiszfeld(survey, weights, self.options.smoothing).tolist()))
+        weights = self.options.weights_of(shares).to(gram.device)
+        return Weighing(tuple(weiszfeld(gram, weights, self.options.smoothing).tolist()))

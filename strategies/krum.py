@@ -34,23 +34,12 @@ from torch import Tensor
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from strategies.gram import squared_distances
-from strategies.options import RuleOptions
-from strategies.robust import Surveyed, assumed_hostile, clients_a_round
+from strategies.mixing import MixingOptions
+from strategies.robust import Mixable, clients_a_round
 from strategies.rule import Weighing
 
 
-class KrumOptions(RuleOptions):
-    """Options of Krum.
-
-    Attributes:
-        byzantine: f, how many of a round's clients may be hostile; unset, the largest with
-            n >= 3 f + 1 and n >= 2 f + 3.
-    """
-
-    byzantine: Annotated[int, Field(ge=0)] | None = None
-
-
-class MultiKrumOptions(KrumOptions):
+class MultiKrumOptions(MixingOptions):
     """Options of Multi-Krum.
 
     Attributes:
@@ -67,14 +56,12 @@ def krum_scores(distances: Tensor, byzantine: int) -> Tensor:
     return others[:, : min(max(n - byzantine - 2, 1), n - 1)].sum(1)
 
 
-class Krum(Surveyed):
+class Krum(Mixable):
     """Hand out the update that lies closest to its neighbours."""
 
     name = "krum"
     title = "Krum"
     citation = "Blanchard et al., NeurIPS 2017, arXiv:1703.02757"
-    Options: ClassVar[type[KrumOptions]] = KrumOptions
-    options: KrumOptions
 
     def check(self, config: Config) -> None:
         """Refuse fewer than 2 f + 3 clients a round, and to keep optimizers.
@@ -98,15 +85,14 @@ class Krum(Surveyed):
         return 1
 
     def hostile(self, n: int) -> int:
-        """Return f for a round of n updates."""
-        asked = self.options.byzantine
-        return min(assumed_hostile(n) if asked is None else asked, max((n - 3) // 2, 0))
+        """Return f for a round of n updates, at most what leaves 2 f + 3."""
+        return min(super().hostile(n), max((n - 3) // 2, 0))
 
-    def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
+    def share(self, gram: Tensor, shares: Sequence[float]) -> Weighing:
         """Return equal shares for the updates of the lowest scores, and 0 for the others."""
-        n = len(survey)
+        n = len(gram)
         asked, f = self.options.byzantine, self.hostile(n)
-        chosen = torch.argsort(krum_scores(squared_distances(survey), f), stable=True)
+        chosen = torch.argsort(krum_scores(squared_distances(gram), f), stable=True)
         m = self.selected(n, f)
         taken = set(chosen[:m].tolist())
         notes: tuple[str, ...] = ()
@@ -122,7 +108,7 @@ class MultiKrum(Krum):
 
     name = "multi-krum"
     title = "Multi-Krum"
-    Options = MultiKrumOptions
+    Options: ClassVar[type[MultiKrumOptions]] = MultiKrumOptions
     options: MultiKrumOptions
 
     def check(self, config: Config) -> None:

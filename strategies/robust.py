@@ -19,16 +19,19 @@ mixed. No server optimiser goes on top: the approximation makes the basis of the
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedgraft.adapter import LoraLayer
 from fedgraft.config import Config
+from fedgraft.errors import ConfigError
 from strategies.gram import gram_of_changes, gram_of_values
 from strategies.low_rank import Term, best_rank
+from strategies.mixing import MixingOptions, nearest_neighbours
 from strategies.options import RuleOptions
 from strategies.refusals import refuse_kept_optimizer
 from strategies.rule import (
@@ -38,6 +41,7 @@ from strategies.rule import (
     LayerResult,
     PerClientRule,
     SurveyingRule,
+    Weighing,
     WeightedExtra,
     WeightedLayer,
 )
@@ -115,7 +119,8 @@ class Surveyed(ProductRule, SurveyingRule):
     """A rule that weighs clients by the inner products of their whole changes.
 
     A subclass defines `weigh`, whose survey is the Gram matrix (K, K) of what the clients changed,
-    unless the subclass measures something else.
+    unless the subclass measures something else. One whose updates may be mixed before
+    (`strategies.mixing`) defines `share` instead.
     """
 
     capabilities = ROBUST
@@ -142,3 +147,54 @@ class Surveyed(ProductRule, SurveyingRule):
             _, B, A = terms[0]
             return LayerResult(_trainable(current.with_factors({"A": A, "B": B}), current))
         return LayerResult(best_layer(terms, current))
+
+
+class Mixable(Surveyed):
+    """A rule whose updates may be mixed with their nearest neighbours before it sees them.
+
+    A subclass defines `share`, from the Gram matrix of the updates, mixed or not.
+    """
+
+    Options: ClassVar[type[MixingOptions]] = MixingOptions
+    options: MixingOptions
+    needs_byzantine: ClassVar[bool] = True
+    """Whether the rule itself counts on f, and not the mixing alone."""
+
+    def check(self, config: Config) -> None:
+        """Refuse a count of hostile clients that nothing uses, or half of a round's or more.
+
+        Raises:
+            ConfigError: naming what to set; or as `ProductRule.check`.
+        """
+        super().check(config)
+        f, mixing = self.options.byzantine, self.options.mixing
+        if f is not None and not (mixing or self.needs_byzantine):
+            raise ConfigError(
+                f"strategy.byzantine is {f}, and {self.name} holds without knowing it",
+                "Leave it out, or set strategy.mixing=true, which needs it.",
+            )
+        n = clients_a_round(config)
+        if mixing and f is not None and n <= 2 * f:
+            raise ConfigError(
+                f"strategy.mixing needs more than 2 x strategy.byzantine = {2 * f} clients a "
+                f"round, and federation.clients and federation.fraction make it {n}",
+                "Sample more clients, or lower strategy.byzantine.",
+            )
+
+    def hostile(self, n: int) -> int:
+        """Return f for a round of n updates, below half of them."""
+        asked = self.options.byzantine
+        return min(assumed_hostile(n) if asked is None else asked, (n - 1) // 2)
+
+    @abstractmethod
+    def share(self, gram: Tensor, shares: Sequence[float]) -> Weighing:
+        """Return the shares of the updates that have these inner products, (K, K)."""
+
+    def weigh(self, survey: Tensor, shares: Sequence[float]) -> Weighing:
+        """Return the rule's shares, traced back to the updates that were mixed; M is shared."""
+        if not self.options.mixing:
+            return self.share(survey, shares)
+        M = nearest_neighbours(survey, self.hostile(len(survey)))
+        made = self.share(M @ survey @ M.T, shares)
+        of_mixed = torch.tensor(made.shares, dtype=torch.float64, device=M.device)
+        return Weighing(tuple((of_mixed @ M).tolist()), made.notes, {"mixing": M})

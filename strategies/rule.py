@@ -121,7 +121,8 @@ class LayerContext:
         name: the layer's name.
         round: counted from 1.
         current: the global factors that the round started from.
-        shared: what the earlier phases of this round made, e.g. {"A": Abar, "B": Bbar}.
+        shared: what the earlier phases of this round made, e.g. {"A": Abar, "B": Bbar}, or the
+            survey of the whole adapter.
         state: the rule's own tensors for this layer, as the last round left them.
         residual: the frozen low-rank part that has joined the base so far.
         seed: the run's, for random choices that both sides or a resume must repeat.
@@ -164,6 +165,7 @@ class ExtraContext:
     current: Tensor
     state: Mapping[str, Tensor] = field(default_factory=dict)
     participation: float = 1.0
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,13 @@ class WeightedLayer:
 class Weighing:
     """Shares that a rule gives in place of n_k / sum n, in the order of client names.
 
-    What they lack of 1 stays with the current adapter (norm bounding); notes are for the log.
+    What they lack of 1 stays with the current adapter (norm bounding); notes are for the log, and
+    `shared` is found in the contexts of all layers and extras that are combined afterwards.
     """
 
     shares: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    shared: Tensors = field(default_factory=dict)
 
 
 class Rule(ABC):
@@ -344,6 +348,11 @@ class PerClientRule(Rule):
 
 class SurveyingRule(PerClientRule):
     """A rule that weighs clients by their whole updates before it combines any layer."""
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it does so with these options: reading all updates twice has its cost."""
+        return True
 
     @abstractmethod
     def survey(self, updates: Sequence[WeightedLayer], context: LayerContext) -> Tensor:

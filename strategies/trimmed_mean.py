@@ -15,26 +15,10 @@ leave a median.
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from strategies.coordinatewise import Coordinatewise
-from strategies.options import RuleOptions
-from strategies.robust import assumed_hostile, clients_a_round
-
-
-class TrimmedMeanOptions(RuleOptions):
-    """Options of the trimmed mean.
-
-    Attributes:
-        byzantine: f, how many values are left out on each side; unset, the largest with
-            n >= 3 f + 1 for the round's n updates.
-    """
-
-    byzantine: Annotated[int, Field(ge=0)] | None = None
+from strategies.robust import clients_a_round
 
 
 class TrimmedMean(Coordinatewise):
@@ -43,8 +27,6 @@ class TrimmedMean(Coordinatewise):
     name = "trimmed-mean"
     title = "Trimmed mean"
     citation = "Yin et al., ICML 2018, arXiv:1803.01498"
-    Options = TrimmedMeanOptions
-    options: TrimmedMeanOptions
 
     def check(self, config: Config) -> None:
         """Refuse 2 f clients a round or fewer, and to keep optimizers.
@@ -64,5 +46,4 @@ class TrimmedMean(Coordinatewise):
 
     def left_out(self, K: int) -> int:
         """Return f, or as many as leave a median."""
-        asked = self.options.byzantine
-        return min(assumed_hostile(K) if asked is None else asked, (K - 1) // 2)
+        return self.hostile(K)

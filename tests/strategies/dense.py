@@ -153,3 +153,14 @@ def norm_bounded(changes: np.ndarray, weights: np.ndarray, bound: float) -> np.n
 def trimmed_mean(values: np.ndarray, byzantine: int) -> np.ndarray:
     """Entry by entry the mean without the f largest and f smallest; values (K, ...)."""
     return np.sort(values, axis=0)[byzantine : len(values) - byzantine].mean(axis=0)
+
+
+def mixed(changes: np.ndarray, byzantine: int) -> np.ndarray:
+    """M (K, K): row k averages the K - f updates nearest to update k, of equals the first ones."""
+    K = len(changes)
+    M = np.zeros((K, K))
+    for k, change in enumerate(changes):
+        distances = ((changes - change) ** 2).sum(1)
+        distances[k] = -1.0
+        M[k, np.argsort(distances, kind="stable")[: K - byzantine]] = 1.0 / (K - byzantine)
+    return M
