@@ -90,6 +90,10 @@ STORIES = {
     for rule in ("fedavg", "ffa-lora", "lora-fair")
     for kind in ("none", "int8", "nf4")
 }
+MIXABLE = ("multi-krum", "trimmed-mean", "coordinate-median", "geometric-median")
+MIXED = {
+    f"compare.{rule}-mixing": {"strategy.name": rule, "strategy.mixing": True} for rule in MIXABLE
+}
 PLAIN_SGD = ("fedavg-sgd", "scaffold")
 
 
@@ -123,6 +127,11 @@ EXPERIMENTS = {
         LABEL_SKEW,
         EVERY_RULE,
         ("base", "centralised"),
+    ),
+    "mixing": Experiment(
+        "robust rules without and with nearest-neighbour mixing, nobody hostile; six scanners",
+        MIXED,
+        ("fedavg", *(name for rule in MIXABLE for name in (rule, f"{rule}-mixing"))),
     ),
     "rank-1": Experiment("rank 1", {**SHORT, "adapter.rank": 1, "adapter.alpha": 2.0}),
     "rank-2": Experiment("rank 2", {**SHORT, "adapter.rank": 2, "adapter.alpha": 4.0}, TELLING[:4]),
