@@ -6,7 +6,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from fedgraft.adapter import PREFIX, Adapter, LoraLayer, pad_rank
-from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors, write_text
 from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
-from server.guarantee import in_words
-from server.units import Unit
 
 WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -75,120 +72,25 @@ def _settings(model: ResidentModel, adapter: Adapter) -> dict[str, Any]:
     equal files.
 
     PEFT divides alpha by the rank that the file has (its root, for rsLoRA), so a rank that a
-    residual has raised raises alpha, too: the scaling stays. Layers that differ have both by name.
+    residual has raised raises alpha, too: the scaling stays. Layers that differ have both by name,
+    and where none do the patterns that the run was given go.
     """
     settings = model.peft_config() | {"inference_mode": True}
     ranks = {name: layer.rank for name, layer in adapter.layers.items()}
     if ranks != model.ranks:
-        rank = max(ranks.values())
-        ratio = rank / settings["r"]
-        settings["lora_alpha"] *= ratio**0.5 if settings["use_rslora"] else ratio
-        settings["r"] = rank
-        if not _is_uniform(adapter):
-            settings["rank_pattern"] = {_only(name): rank for name, rank in ranks.items()}
-            settings["alpha_pattern"] = {
-                _only(name): layer.scaling * layer.rank ** (0.5 if settings["use_rslora"] else 1)
-                for name, layer in adapter.layers.items()
-            }
+        power = 0.5 if settings["use_rslora"] else 1.0
+        alphas = {n: layer.scaling * layer.rank**power for n, layer in adapter.layers.items()}
+        uniform = _is_uniform(adapter)
+        settings["r"] = max(ranks.values())
+        settings["lora_alpha"] = max(alphas.values())
+        settings["rank_pattern"] = {} if uniform else {_only(n): r for n, r in ranks.items()}
+        settings["alpha_pattern"] = {} if uniform else {_only(n): a for n, a in alphas.items()}
     return {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
 
 
 def _only(layer: str) -> str:
     """Return the key of PEFT's patterns that matches this layer alone."""
     return f"^{re.escape(layer.removeprefix(PREFIX))}"
-
-
-def adapter_card(
-    config: Config, model: ResidentModel, lineage: str, summary: Mapping[str, Any]
-) -> str:
-    """Return the adapter's README: what it is, where it comes from, what it reached.
-
-    Args:
-        config: the run's.
-        model: the resident model, which knows the base that it was trained on.
-        lineage: of the run.
-        summary: what `summarise` returns.
-    """
-    base = config.model.base or f"built into the task {config.task.name}"
-    metric = Unit(summary["metric"]).name
-    given = f"the adapter in `{config.adapter.from_}`" if config.adapter.from_ else ""
-    before = f"at the start ({given})" if given else "untouched base"
-    front = {"library_name": "peft", "base_model": base, "tags": ["lora", "federated-learning"]}
-    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    return f"""---
-{header}
----
-
-# LoRA adapter from a FedGraft federation
-
-| | |
-|---|---|
-| base | {base}{_revision(config, model)} |
-| base hash | `{model.base_hash}` |
-| trained on it in | {_precision(config)} |
-| task | {summary["task"]} |
-| strategy | {summary["strategy"]} |
-| clients | {summary["clients"]} |
-| training examples | {_training_examples(summary)} |
-| validation and test examples | {_held_out(summary)} |
-| rounds | {summary["rounds"]} |
-| this adapter | round {summary["best_round"]}, the best on validation |
-| rank, alpha | {config.adapter.rank}, {config.adapter.alpha:g} ({config.adapter.type}) |
-| seed | {summary["seed"]} |
-| test {metric}, {before} | {summary["initial"]:.4f} |
-| test {metric}, this adapter | {summary["final"]:.4f} |
-{_clients(summary)}| differential privacy | {in_words(summary["privacy"])} |
-| lineage | `{lineage}`{f", started from {given}" if given else ""} |
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "this folder")
-```
-"""
-
-
-def _revision(config: Config, model: ResidentModel) -> str:
-    """Name the revision that was asked for, and the Hub's commit that it was."""
-    asked, commit = config.model.revision, model.base_commit
-    named = f", revision {asked}" if asked else ""
-    return named if commit in (None, asked) else f"{named}, commit {commit}"
-
-
-def _precision(config: Config) -> str:
-    """Say what the frozen weights were held in."""
-    if config.model.quantization == "none":
-        return config.model.dtype
-    return f"{config.model.quantization.upper()}, computing in {config.model.dtype}"
-
-
-def _training_examples(summary: Mapping[str, Any]) -> str:
-    """Say how many there are, and what clients hold of them."""
-    counts = summary["client_examples"]
-    if summary["privacy"] is not None:
-        return "not told: privacy keeps the number with the clients"
-    if not counts:
-        return "none: no client has trained"
-    total, least, most = sum(counts.values()), min(counts.values()), max(counts.values())
-    each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    some = "" if len(counts) == summary["clients"] else " that have trained"
-    return f"{total:,} on {len(counts)} clients{some}, {each} each"
-
-
-def _held_out(summary: Mapping[str, Any]) -> str:
-    found = (summary["validation_examples"], summary["test"]["final"].get("examples"))
-    return " and ".join("unknown" if count is None else f"{count:,.0f}" for count in found)
-
-
-def _clients(summary: Mapping[str, Any]) -> str:
-    """Return the row of the worst client, where clients have evaluated."""
-    found = summary["client_metric"]
-    if found is None:
-        return ""
-    return (
-        f"| validation {Unit(summary['metric']).name} by client, this adapter | "
-        f"worst {found['worst']:.4f}, best {found['best']:.4f}, mean {found['mean']:.4f}, "
-        f"standard deviation {found['sd']:.4f} ({found['clients']} clients) |\n"
-    )
 
 
 def read_adapter(folder: Path, model: ResidentModel) -> Adapter:

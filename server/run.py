@@ -30,9 +30,10 @@ from fedgraft.privacy.events import Release
 from fedgraft.resident_model import SMALL_MODEL, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from fedgraft.schedule import learning_rate
+from server.card import adapter_card
 from server.checkpoint import Checkpoint, Checkpoints
 from server.client_privacy import PrivateFederation, ledger_folder
-from server.export import adapter_card, read_adapter, write_adapter
+from server.export import read_adapter, write_adapter
 from server.guarantee import guarantee
 from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples

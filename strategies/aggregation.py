@@ -175,10 +175,16 @@ class RoundHost:
         old = of_layer(context.name, self.state)
         buffers = {key: t for key, t in old.items() if key.startswith(_STEP)}
         stepped: Tensors = {}
+        held = self.spool.largest_rank(context.current.rank)
         for factor in sorted(factors):
             mean, current = getattr(result.factors, factor), getattr(context.current, factor)
-            stepped[factor], new = _step(optimizer, mean, current, old, factor)
-            buffers |= new
+            value, new = _step(optimizer, mean, current, old, factor)
+            # momentum would move the ranks that no client of this round has
+            stepped[factor] = _only_held(value, current, held, factor)
+            buffers |= {
+                key: _only_held(tensor, old.get(key, tensor), held, factor)
+                for key, tensor in new.items()
+            }
         factors_made = result.factors.with_factors(stepped)
         return replace(result, factors=factors_made, state=result.state | buffers)
 
@@ -250,6 +256,16 @@ def _step(
     own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
     value, buffers = optimizer.step(mean, current, own)
     return value, {prefix + key: tensor for key, tensor in buffers.items()}
+
+
+def _only_held(new: Tensor, old: Tensor, held: int, factor: str) -> Tensor:
+    """Return the first `held` rows of A, or columns of B, of the new tensor, and the old rest."""
+    along = 0 if factor == "A" else 1
+    rest = new.shape[along] - held
+    if rest == 0:
+        return new
+    kept = old.narrow(along, held, rest).to(new.dtype)
+    return torch.cat([new.narrow(along, 0, held), kept], dim=along)
 
 
 def _float32(layer: LoraLayer) -> LoraLayer:

@@ -91,6 +91,7 @@ class FedSB(SumOnlyRule):
     citation = "Singhal et al., 2025, arXiv:2502.15436"
     capabilities = Capabilities(sum_only=True, exact=True, any_start=False, one_training=False)
     Options = FedSBOptions
+    opens = True
     options: FedSBOptions
 
     def check(self, config: Config) -> None:

@@ -61,6 +61,7 @@ class FedSALoRA(SumOnlyRule):
         sum_only=True, personal=True, extras="personal", server_optimizer=True
     )
     Options = FedSALoRAOptions
+    opens = True
     options: FedSALoRAOptions
 
     def plan(self, round: int) -> Plan:

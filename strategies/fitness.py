@@ -20,9 +20,27 @@ def check_rule(rule: Rule, config: Config) -> None:
         check_mixed_ranks(rule, "federation.ranks")
         if not isinstance(federation.ranks, str):
             check_ranks(federation.ranks, federation.clients, config.adapter.rank)
+    _check_sampling(rule, config)
     _check_adapter(rule, config)
     check_privacy(rule, config)
     rule.check(config)
+
+
+def _check_sampling(rule: Rule, config: Config) -> None:
+    """Refuse a first round that may have nobody, where later ones stand on it.
+
+    Under `privacy.mode` client even a round of nobody makes something, of noise.
+
+    Raises:
+        ConfigError: the sampling is Poisson's, and the rule's first round has a part of its own.
+    """
+    poisson = config.federation.sampling == "poisson" and config.federation.fraction < 1.0
+    if rule.opens and poisson and config.privacy.mode != "client":
+        raise ConfigError(
+            f'federation.sampling is "poisson", so round 1 may have no client, and what '
+            f"{rule.name} trains in later rounds stands on it",
+            'Set federation.sampling to "fixed", or use fedavg or ffa-lora.',
+        )
 
 
 def _check_adapter(rule: Rule, config: Config) -> None:

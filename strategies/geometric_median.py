@@ -35,6 +35,8 @@ from strategies.robust import Mixable, WeightOptions
 from strategies.rule import Weighing
 
 _ITERATIONS = 10_000
+_ROUNDING = 1e-9
+"""What weights that add up to a half may be above it."""
 _STILL = 1e-9
 """The largest change at the end, relative to each share: that of a huge update is tiny."""
 
@@ -75,7 +77,7 @@ def weiszfeld(gram: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     """
     distances = squared_distances(gram)
     agreed = (distances == 0.0).double() @ weights
-    if agreed.max() > 0.5:  # where most of the weight lies no pull of the rest is stronger
+    if agreed.max() > 0.5 + _ROUNDING:  # where most of it lies, no pull of the rest is stronger
         there = weights * (distances[agreed.argmax()] == 0.0)
         return there / there.sum()
     nu = smoothing * typical_distance(distances)

@@ -50,10 +50,16 @@ class MultiKrumOptions(MixingOptions):
 
 
 def krum_scores(distances: Tensor, byzantine: int) -> Tensor:
-    """Return the scores (n) from squared distances (n, n); at least one neighbour counts."""
+    """Return the scores (n) from squared distances (n, n); at least one neighbour counts.
+
+    They are in units of their median and rounded to nine digits, so that equal scores are equal
+    whatever order their sums ran in.
+    """
     n = len(distances)
     others = distances.clone().fill_diagonal_(torch.inf).sort(dim=1).values
-    return others[:, : min(max(n - byzantine - 2, 1), n - 1)].sum(1)
+    scores = others[:, : min(max(n - byzantine - 2, 1), n - 1)].sum(1)
+    typical = scores.median()
+    return scores if typical == 0.0 else (scores / typical).round(decimals=9)
 
 
 class Krum(Mixable):
@@ -112,7 +118,7 @@ class MultiKrum(Krum):
     options: MultiKrumOptions
 
     def check(self, config: Config) -> None:
-        """Refuse fewer than 2 f + 3 clients a round, and more selected than n - f.
+        """Refuse fewer than 2 f + 3 clients a round for an f of 1, and more selected than n - f.
 
         Raises:
             ConfigError: naming what to set.
@@ -120,6 +126,12 @@ class MultiKrum(Krum):
         super().check(config)
         m, n = self.options.selected, clients_a_round(config)
         f = self.hostile(n)
+        if f == 0 and self.options.byzantine is None and n > 1:
+            raise ConfigError(
+                f"multi-krum leaves nobody out of {n} clients a round: it takes 5 to hold against "
+                "one",
+                "Sample more clients, or take strategy.name=geometric-median, which takes 3.",
+            )
         if m is not None and m > n - f:
             raise ConfigError(
                 f"strategy.selected is {m}, and of {n} clients a round {n - f} count as honest "

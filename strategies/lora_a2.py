@@ -89,6 +89,7 @@ class LoRAA2(SumOnlyRule):
     citation = "Koo et al., ACL 2025, arXiv:2410.22815"
     capabilities = Capabilities(sum_only=True, exact=True, mixed_ranks=True, one_training=False)
     Options = LoRAA2Options
+    opens = True
     options: LoRAA2Options
 
     def check(self, config: Config) -> None:

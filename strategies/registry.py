@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
 from fedgraft.registry import load_plugin
-from strategies.options import SteppedOptions
+from strategies.options import SETTINGS_OF, SteppedOptions
 from strategies.rule import Rule
 
 GROUP = "fedgraft.rules"
@@ -86,10 +86,10 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
 
 
 def _check_stepped(cls: type[Rule], options: Mapping[str, Any]) -> None:
-    """Refuse a server optimiser where none can go on top.
+    """Refuse a server optimiser where none can go on top, and settings that it does not use.
 
     Raises:
-        ConfigError: names the rules that take one.
+        ConfigError: names the rules that take one, or what to leave out.
     """
     known = {field.alias or key for key, field in cls.Options.model_fields.items()}
     stepped = {field.alias or key for key, field in SteppedOptions.model_fields.items()}
@@ -98,4 +98,14 @@ def _check_stepped(cls: type[Rule], options: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"strategy.{asked[0]} is set, and {cls.name} takes no server optimiser",
             f"Leave it out, or use one of {able('server_optimizer')}.",
+        )
+    default = cls.Options.model_fields.get("server_optimizer")
+    kind = options.get("server-optimizer", default.default if default else "none")
+    used = {"server-optimizer", *SETTINGS_OF.get(kind, stepped)}
+    unused = sorted(stepped & options.keys() - used)
+    if unused:
+        raise ConfigError(
+            f"strategy.{unused[0]} is set, and "
+            + ("there is no server optimiser" if kind == "none" else f"{kind} does not use it"),
+            "Leave it out, or set strategy.server-optimizer to one that has it.",
         )

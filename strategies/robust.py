@@ -161,7 +161,7 @@ class Mixable(Surveyed):
     """Whether the rule itself counts on f, and not the mixing alone."""
 
     def check(self, config: Config) -> None:
-        """Refuse a count of hostile clients that nothing uses, or half of a round's or more.
+        """Refuse a count of hostile clients that nothing uses, and mixing that it makes useless.
 
         Raises:
             ConfigError: naming what to set; or as `ProductRule.check`.
@@ -180,6 +180,12 @@ class Mixable(Surveyed):
                 f"round, and federation.clients and federation.fraction make it {n}",
                 "Sample more clients, or lower strategy.byzantine.",
             )
+        if mixing and f is None and self.hostile(n) == 0:
+            raise ConfigError(
+                f"strategy.mixing would average all {n} clients of a round: so few leave nobody "
+                f"out under {self.name}",
+                "Sample more clients, or leave strategy.mixing out.",
+            )
 
     def hostile(self, n: int) -> int:
         """Return f for a round of n updates, below half of them."""
@@ -194,7 +200,12 @@ class Mixable(Surveyed):
         """Return the rule's shares, traced back to the updates that were mixed; M is shared."""
         if not self.options.mixing:
             return self.share(survey, shares)
-        M = nearest_neighbours(survey, self.hostile(len(survey)))
+        n = len(survey)
+        f, asked = self.hostile(n), self.options.byzantine
+        M = nearest_neighbours(survey, f)
         made = self.share(M @ survey @ M.T, shares)
+        notes = made.notes
+        if f < (asked or 1):
+            notes += (f"mixing leaves {f} of {n} updates out, not {asked or 1}",)
         of_mixed = torch.tensor(made.shares, dtype=torch.float64, device=M.device)
-        return Weighing(tuple((of_mixed @ M).tolist()), made.notes, {"mixing": M})
+        return Weighing(tuple((of_mixed @ M).tolist()), notes, {"mixing": M})

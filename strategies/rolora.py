@@ -43,6 +43,7 @@ class RoLoRA(SumOnlyRule):
     citation = "Chen et al., NeurIPS 2025, arXiv:2502.01755"
     capabilities = Capabilities(sum_only=True, exact=True, server_optimizer=True)
     Options = SteppedOptions
+    opens = True
 
     def check(self, config: Config) -> None:
         """Refuse to keep optimizers: what a client kept is of the other factor.

@@ -242,6 +242,8 @@ class Rule(ABC):
     Options: ClassVar[type[RuleOptions]] = RuleOptions
     prunes: ClassVar[bool] = False
     """Whether a client may lower its own rank, by sending factors of a smaller one."""
+    opens: bool = False
+    """Whether the later rounds stand on what clients do in the first one."""
     server_optimizer: ServerOptimizer | None = None
 
     def __init__(self, options: RuleOptions | None = None) -> None:

@@ -95,6 +95,7 @@ class Scaffold(SumOnlyRule):
         super().__init__(options)
         self.under = _rule_below(self.options)
         self.server_optimizer = self.under.server_optimizer
+        self.opens = self.under.opens
 
     def check(self, config: Config) -> None:
         """Refuse local training that is not plain SGD.

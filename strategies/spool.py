@@ -92,6 +92,10 @@ class UpdateSpool:
             raise self._unwritable(error) from error
         self.clear()
 
+    def largest_rank(self, whole: int) -> int:
+        """Return the largest rank that any client has, `whole` being the server's."""
+        return max(whole if u.rank is None else u.rank for u in self._updates.values())
+
     def add(self, client: str, weight: float, tensors: Tensors, *, rank: int | None = None) -> None:
         """Keep one client's update; its tensors must not change afterwards.
 

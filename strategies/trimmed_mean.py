@@ -29,13 +29,20 @@ class TrimmedMean(Coordinatewise):
     citation = "Yin et al., ICML 2018, arXiv:1803.01498"
 
     def check(self, config: Config) -> None:
-        """Refuse 2 f clients a round or fewer, and to keep optimizers.
+        """Refuse 2 f clients a round or fewer, an f of 0 that nobody set, and to keep optimizers.
 
         Raises:
             ConfigError: naming the rule that leaves as few as possible.
         """
         super().check(config)
         f, n = self.options.byzantine or 0, clients_a_round(config)
+        if self.options.byzantine is None and n > 1 and self.hostile(n) == 0:
+            raise ConfigError(
+                f"trimmed-mean leaves nothing out among {n} clients a round: unset, "
+                "strategy.byzantine is the largest f with n >= 3 f + 1",
+                "Sample more clients, set strategy.byzantine=1 (of at least 3), or take "
+                "strategy.name=coordinate-median.",
+            )
         if n <= 2 * f:
             raise ConfigError(
                 f"trimmed-mean leaves out 2 x strategy.byzantine = {2 * f} values of each entry, "

@@ -44,6 +44,13 @@ def test_who_refuses_what() -> None:
     assert refused_by({"adapter.alpha-pattern": {"q_proj": 4.0}}) == {"hetlora"}
     ratio = {"ffa-lora", "fedsvd", "fed-sb", "lora-a2", "scaffold"}
     assert refused_by({"train.lr-ratio": 4.0}) == ratio
+    poisson = {"federation.sampling": "poisson", "federation.fraction": 0.4}
+    opening = {"fed-sb", "fedsa-lora", "rolora", "lora-a2"}  # of whom round 1 may have nobody
+    assert refused_by(poisson) - {"krum", "multi-krum", "trimmed-mean"} == opening
+    assert not refused_by(poisson | {"federation.fraction": 1.0})
+    under = {"strategy.under": "rolora", "train.optimizer": "sgd", "train.grad-clip": 0.0}
+    with pytest.raises(ConfigError, match="round 1 may have no client"):
+        check("scaffold", under | poisson)
 
 
 @pytest.mark.parametrize("name", rule_names())

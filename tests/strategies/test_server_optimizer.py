@@ -14,6 +14,7 @@ from fedgraft.adapter import Tensors
 from fedgraft.errors import ConfigError
 from server.checkpoint import Checkpoint, Checkpoints
 from strategies.aggregation import Aggregated, aggregate
+from strategies.options import SETTINGS_OF
 from strategies.registry import build_rule
 from strategies.rounds import StrategyState
 from strategies.rule import Rule
@@ -114,6 +115,7 @@ def test_rounds_follow_the_paper(name: str, kind: Kind) -> None:
     """Four rounds through the host, factors and extras, against numpy."""
     fed = federation(np.random.default_rng(0), d_out=5, d_in=4, r=2, weights=[1.0, 4.0, 2.0])
     options = {"server-lr": 0.05, "server-momentum": 0.8, "server-beta2": 0.9, "server-tau": 0.01}
+    options = {key: v for key, v in options.items() if key in SETTINGS_OF.get(kind, options)}
     rule = build_rule(name, options)
     oracle = Numpy(kind, 0.05, 0.8, 0.9, 0.01)
     state: Tensors = {}
@@ -146,6 +148,44 @@ def test_plain_averaging_is_momentum_0_and_lr_1() -> None:
     _, stepped = rounds(build_rule("fedavgm", {"server-lr": 1.0, "server-momentum": 0.0}), fed, 3)
     for name, tensor in plain.adapter.tensors().items():
         torch.testing.assert_close(stepped.adapter.tensors()[name], tensor)
+
+
+@named
+def test_ranks_that_nobody_has_are_not_stepped(name: str, kind: Kind) -> None:
+    """All clients first, then only one of rank 1: momentum would go on moving the second rank."""
+    fed = federation(np.random.default_rng(5), d_out=5, d_in=4, r=2, weights=[1.0, 4.0])
+    rule, state = build_rule(name), {}
+    fed, made = rounds(rule, fed, 1, state, 1)
+    before, buffers = made.adapter.tensors(), made.state
+    client, (weight, tensors) = next(iter(fed.updates.items()))
+    cut = {n: t.clone() for n, t in tensors.items()}
+    cut[A][1:], cut[B][:, 1:] = 0.0, 0.0
+    few = Federation(made.adapter, {client: (weight, cut)}, {client: 1})
+    _, made = rounds(rule, few, 1, buffers, 2)
+    after = made.adapter.tensors()
+    assert torch.equal(after[A][1:], before[A][1:])
+    assert torch.equal(after[B][:, 1:], before[B][:, 1:])
+    assert not torch.equal(after[A][:1], before[A][:1])
+    for key, buffer in made.state.items():
+        if ".A." in key:
+            assert torch.equal(buffer[1:], buffers[key][1:])
+            assert not torch.equal(buffer[:1], buffers[key][:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fedavg", {"server-lr": 0.1}, "server-lr is set, and there is no server optimiser"),
+        ("fedavgm", {"server-tau": 0.1}, "server-tau is set, and avgm does not use it"),
+        ("fedadagrad", {"server-beta2": 0.9}, "server-beta2 is set, and adagrad does not use it"),
+        ("ffa-lora", {"server-momentum": 0.9}, "server-momentum is set, and there is no server"),
+    ],
+)
+def test_settings_that_nothing_uses_are_refused(
+    name: str, options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_rule(name, options)
 
 
 @named
