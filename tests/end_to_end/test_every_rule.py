@@ -20,6 +20,7 @@ OWN: dict[str, dict[str, Any]] = {
     "hetlora": {"federation.ranks": [8, 4, 2]},
     "krum": {"strategy.byzantine": 0, "federation.fraction": 1.0},
     "multi-krum": {"strategy.byzantine": 0, "federation.fraction": 1.0},
+    "trimmed-mean": {"strategy.byzantine": 0},
 }
 """What a rule needs beside the common settings, or shows itself best with."""
 

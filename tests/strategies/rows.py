@@ -92,6 +92,10 @@ ROWS = [
     Row("norm-bounding", identity="product", exact_bits=False),
     Row("trimmed-mean", identity="product", exact_bits=False),
     Row("coordinate-median", identity="product", exact_bits=False),
+    Row("geometric-median", {"weights": "examples"}, identity="product", exact_bits=False),
+    # mixed before, see test_mixing.py
+    Row("geometric-median", {"mixing": True}, identity="product", exact_bits=False),
+    Row("coordinate-median", {"mixing": True}, identity="product", exact_bits=False),
     # a sparse part that all clients share is scaled too, see test_fedrpca.py
     Row("fedrpca", identity=""),
     # from the mean to a step from it, see test_server_optimizer.py
@@ -105,3 +109,5 @@ ROWS = [
     Row("flasc", {"server-optimizer": "none"}, oracle=dense.means),
     Row("lora-a2", factors="B", oracle=dense.means),
 ]
+ELSEWHERE = {"fed-sb", "scaffold"}
+"""Rules whose updates are others than A and B, and have a harness in their own file."""

@@ -20,7 +20,7 @@ from federations import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rows import ROWS, Row
+from rows import ELSEWHERE, ROWS, Row
 
 from fedgraft.adapter import Adapter, LoraLayer
 from fedgraft.errors import ConfigError
@@ -170,6 +170,10 @@ def test_what_stood_beside_the_base_from_the_start_stays(row: Row) -> None:
     else:
         assert made.residual[LAYER] is first
     torch.testing.assert_close(made.residual[LAYER].product(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_rule_has_a_row() -> None:
+    assert {row.name for row in ROWS} | ELSEWHERE == set(rule_names())
 
 
 @pytest.mark.parametrize("name", rule_names())
