@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from aggregation_workload import ROUND, Prepared
 from torch import Tensor
 
 from fedgraft.adapter import LoraLayer
 from strategies.aggregation import Aggregated
+from strategies.coordinatewise import Coordinatewise
 from strategies.hetlora import HetLoRA
 from strategies.krum import Krum
 from strategies.lora_fair import LoRAFair, LoRAFairCosine
 from strategies.lora_fair_cosine import CosineProblem
-from strategies.rule import WeightedLayer
+from strategies.norm_bounding import NormBounding
+from strategies.rule import SurveyingRule, WeightedLayer
 
 Made = tuple[Tensor, ...]
 """One tensor, or B and A, of which the product counts."""
@@ -90,6 +93,10 @@ def in_place(updates: Updates) -> Tensor:
 
 def list_means(work: Prepared) -> Made:
     return means(held(work))[:1]
+
+
+def list_means_of_A(work: Prepared) -> Made:
+    return means(held(work))[1:]
 
 
 def stacked(updates: Updates) -> Tensor:
@@ -167,17 +174,49 @@ def dense_norms(work: Prepared) -> Made:
     return means(updates, (norms / norms.sum()).tolist())[:1]
 
 
-def dense_distances(work: Prepared) -> Made:
-    """Krum: distances between dense changes, all of them held."""
-    updates, layer = held(work), layer_of(work)
+def dense_changes(updates: Updates, layer: LoraLayer) -> Tensor:
+    """What every client changes of the product, (K, d_out d_in), all of them held."""
     product = layer.product().flatten()
     changes = torch.empty(len(updates), len(product), device=product.device)
     for change, u in zip(changes, updates, strict=True):
         torch.sub(u.factors.product().flatten(), product, out=change)
+    return changes
+
+
+def dense_distances(work: Prepared) -> Made:
+    """Krum: distances between dense changes."""
+    updates = held(work)
+    changes = dense_changes(updates, layer_of(work))
     assert isinstance(work.rule, Krum)
     shares = work.rule.weigh((changes @ changes.T).double(), [u.share for u in updates]).shares
     chosen = updates[shares.index(1.0)].factors
     return chosen.B, chosen.A
+
+
+def weighted_changes(work: Prepared) -> Made:
+    """Multi-Krum, the geometric median and norm bounding: dense changes, weighted, and an SVD."""
+    updates, layer = held(work), layer_of(work)
+    changes = dense_changes(updates, layer)
+    assert isinstance(work.rule, SurveyingRule)
+    bounds = isinstance(work.rule, NormBounding)
+    survey = changes.square().sum(1) if bounds else changes @ changes.T
+    shares = work.rule.weigh(survey.double(), [u.share for u in updates]).shares
+    made = layer.product() + (torch.tensor(shares).to(changes) @ changes).view(
+        len(layer.B), layer.A.shape[1]
+    )
+    B, A = best_of_rank(made, layer.rank)
+    return B / layer.scaling, A
+
+
+def entries(work: Prepared) -> Made:
+    """Coordinate median and trimmed mean: all products held and sorted, and an SVD."""
+    updates = held(work)
+    values = np.stack([(u.factors.B @ u.factors.A).cpu().numpy() for u in updates])
+    values.sort(axis=0)
+    assert isinstance(work.rule, Coordinatewise)
+    f = work.rule.left_out(len(values))
+    middle = torch.from_numpy(values[f : len(values) - f].mean(axis=0))
+    return best_of_rank(middle.to(layer_of(work).B.device), layer_of(work).rank)
 
 
 # What rules are compared by
@@ -186,6 +225,11 @@ def dense_distances(work: Prepared) -> Made:
 def factor_B(made: Aggregated) -> Made:
     (layer,) = made.adapter.layers.values()
     return (layer.B,)
+
+
+def factor_A(made: Aggregated) -> Made:
+    (layer,) = made.adapter.layers.values()
+    return (layer.A,)
 
 
 def product(made: Aggregated) -> Made:
@@ -209,4 +253,14 @@ RIVALS = (
     Rival("flora", "dense residual", sum_of_products, residual),
     Rival("hetlora", "dense norms", dense_norms, factor_B),
     Rival("krum", "dense distances", dense_distances, product),
+    Rival("multi-krum", "dense changes, SVD", weighted_changes, product),
+    Rival("geometric-median", "dense changes, SVD", weighted_changes, product),
+    Rival("geometric-median", "dense changes, SVD", weighted_changes, product, {"mixing": True}),
+    Rival("norm-bounding", "dense changes, SVD", weighted_changes, product),
+    Rival("coordinate-median", "all products sorted, SVD", entries, product),
+    Rival("trimmed-mean", "all products sorted, SVD", entries, product),
+    Rival("ffa-lora", "all updates in a list", list_means, factor_B),
+    Rival("fedrot-lora", "all updates in a list", list_means, factor_B),
+    Rival("fedsa-lora", "all updates in a list", list_means_of_A, factor_A),
+    Rival("rolora", "all updates in a list", list_means_of_A, factor_A),
 )

@@ -33,6 +33,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora-fair": [{"objective": "cosine"}],
     "flora": [{"max-rank": 64}],
     "fedex-lora": [{"max-rank": 64}, {"energy": 0.9999}],
+    "multi-krum": [{"mixing": True}],
+    "geometric-median": [{"mixing": True}],
+    "coordinate-median": [{"mixing": True}],
 }
 
 
