@@ -56,7 +56,7 @@ def metric_against_rounds(results: Results) -> Plot | None:
         main.set(xlabel="round (validation split)", ylabel=unit.axis)
         main.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _draw_test_panel(test, results)
-        references = _draw_references(main, test, results)
+        references = _draw_references(test, results)
         _scale(main, unit)
         _name_references(test, references, unit, gap=0.34 / sheet.height)
         png = sheet.png()
@@ -248,10 +248,10 @@ def _draw_test_panel(axes: Axes, results: Results) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _draw_references(main: Axes, test: Axes, results: Results) -> dict[str, float]:
-    """Draw the reference rows through both panels and return where they stand, as drawn.
+def _draw_references(test: Axes, results: Results) -> dict[str, float]:
+    """Draw the reference rows through the test panel and return where they stand, as drawn.
 
-    Where strategies have different ones of a name, no line stands for all, and none is drawn.
+    They are known on the test split alone, so none is drawn through validation's curves. Where strategies have different ones of a name, no line stands for all, and none is drawn.
     """
     labels = {(row["name"], reference_label(row)) for row in results.comparison["references"]}
     several = {label for name, label in labels if sum(n == name for n, _ in labels) > 1}
@@ -263,8 +263,7 @@ def _draw_references(main: Axes, test: Axes, results: Results) -> dict[str, floa
     scale = results.unit.scale
     known = {name: mean * scale for name, mean in rows.items() if mean is not None}
     for value in known.values():
-        for axes in (main, test):
-            axes.axhline(value, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1.5, alpha=0.75)
+        test.axhline(value, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1.5, alpha=0.75)
     return known
 
 
