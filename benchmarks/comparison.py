@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from fedgraft.config import Config
+from fedgraft.errors import FedGraftError
 from fedgraft.run_directory import PLAN_FILE
 from fedgraft.settings import parse_settings
 from server.results import read_results
@@ -193,11 +194,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if unknown else 0
     for name in args.experiments:
         path = args.out / name
-        plan = planned(EXPERIMENTS[name], args)
-        if (path / PLAN_FILE).is_file():
-            compare(Plan.read(path), path, resume=True)
-        else:
-            compare(plan, path)
+        try:
+            if (path / PLAN_FILE).is_file():
+                compare(Plan.read(path), path, resume=True)
+            else:
+                compare(planned(EXPERIMENTS[name], args), path)
+        except FedGraftError as error:
+            print(f"{error.message}\n{error.remedy}", file=sys.stderr)
+            return error.exit_status
         print(f"\n## {name}: {EXPERIMENTS[name].words}\n")
         print("\n".join(tuned(path) if EXPERIMENTS[name].grid else table(path)), flush=True)
     return 0

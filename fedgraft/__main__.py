@@ -1,0 +1,5 @@
+"""`python -m fedgraft` is `fedgraft`."""
+
+from fedgraft.cli import main
+
+main()
