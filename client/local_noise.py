@@ -13,6 +13,7 @@ Clip and noise are float64; the sum is rounded to float32 for the wire, which is
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from client.private_round import fingerprint_of
 from fedgraft.adapter import Tensors
 from fedgraft.config import Config
 from fedgraft.deployed import is_deployed
-from fedgraft.errors import DIVERGED, RunError
+from fedgraft.errors import DIVERGED
 from fedgraft.privacy.account import Account
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
@@ -33,6 +34,7 @@ from fedgraft.privacy.randomness import Randomness, add_noise, randomness
 from fedgraft.tasks.task import Task
 from strategies.local import LocalUpdate
 
+log = logging.getLogger(__name__)
 SENSITIVITY = 2.0
 """Clips by which a change moves when a client's data are replaced by others."""
 
@@ -93,8 +95,8 @@ class LocalNoise:
             start: the adapter that the client held, by tensor name.
             received: what the rule sent beside it; what is not in there starts from zero.
 
-        Raises:
-            RunError: the update is not finite.
+        Returns:
+            What may leave; of an update that is not finite, noise alone.
         """
         sent = update.tensors | update.companions
         begin = {
@@ -105,8 +107,11 @@ class LocalNoise:
         }
         changes = {name: tensor.double() - begin[name].double() for name, tensor in sent.items()}
         norm = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
-        if not math.isfinite(norm):
-            raise RunError(f"{DIVERGED}: the update is not finite", "Lower train.lr.")
+        if not math.isfinite(norm):  # to refuse it would tell of the data
+            log.warning(
+                "%s: the update is not finite, and is noise alone. Lower train.lr.", DIVERGED
+            )
+            changes = {name: torch.zeros_like(change) for name, change in changes.items()}
         scale = self.clip / norm if norm > self.clip else 1.0
         covered: Tensors = {}
         for name, change in sorted(changes.items()):

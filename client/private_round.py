@@ -14,7 +14,6 @@ from fedgraft.privacy.account import Account
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
 from fedgraft.privacy.randomness import Randomness, randomness
-from fedgraft.tasks.fingerprint import fingerprint
 from fedgraft.tasks.task import Task
 
 _fingerprints: WeakKeyDictionary[Task, dict[int, str]] = WeakKeyDictionary()
@@ -24,7 +23,7 @@ def fingerprint_of(task: Task, index: int) -> str:
     """Return the fingerprint of partition `index`, which is taken once."""
     known = _fingerprints.setdefault(task, {})
     if index not in known:
-        known[index] = fingerprint(task.train(index))
+        known[index] = task.fingerprint(index)
     return known[index]
 
 

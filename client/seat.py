@@ -7,6 +7,7 @@ the client's half of the rule train on the resident model and keeps what must ou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from client.private_round import PrivateRound
 from client.trainer import Assignment, LocalResult, train
 from fedgraft.adapter import Adapter, Tensors, digest, from_arrays, parse_factor
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, PrivacyError, UpdateError
+from fedgraft.errors import ConfigError, PrivacyError, RunError, UpdateError
 from fedgraft.messages import CONSTANT, RESIDUAL, RULE, TrainRequest
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.run_directory import LEDGER_KEY, PERSONAL_KEY
@@ -34,6 +35,7 @@ from strategies.ranks import cut_factor, ranks_of
 from strategies.registry import build_rule
 from strategies.rule import Rule
 
+log = logging.getLogger(__name__)
 OPTIMIZER = "optimizer/"
 """Prefix of the optimizer's state in what a client keeps, beside those of the companions."""
 
@@ -188,9 +190,18 @@ class RoundOfWork:
         )
         if self._private is not None:
             work = replace(work, private=self._private.pay(work.steps(len(self.examples))))
-        self.last = train(
-            seat.model, seat.task, self.examples, seat.adapter(start), work, state or None
-        )
+        try:
+            self.last = train(
+                seat.model, seat.task, self.examples, seat.adapter(start), work, state or None
+            )
+        except RunError as error:
+            if self._noise is None:
+                raise
+            # A refusal would tell of the data: noise alone leaves, as from a client that learned
+            # nothing.
+            log.warning("%s: this round's update is noise alone", error.message)
+            trained = seat.adapter(start).tensors(how.factors, extras=how.extras)
+            return Trained(dict(trained))
         return self.last
 
     def _sketch(

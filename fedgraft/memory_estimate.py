@@ -20,7 +20,7 @@ from fedgraft.config import Config
 from fedgraft.devices import free_memory, pick_device
 from fedgraft.tasks.task import Batch, Task
 
-FLOAT32 = 4
+FLOAT32, FLOAT64 = 4, 8
 STATE = {"sgd": 0, "adamw-8bit": 2, "paged-adamw": 0, "paged-adamw-8bit": 0}
 """Bytes a trained parameter of an optimizer's state on the device; AdamW's is 8."""
 _BLOCK_SCALE = {"nf4": 4.0 / 64, "nf4-double": 1.0 / 64 + 4.0 / (64 * 256)}
@@ -37,7 +37,8 @@ class MemoryEstimate:
         parameters: of the base (a count, not bytes).
         base: its weights as they will be stored.
         adapter: trained weights, their gradients and the optimizer's state, in float32.
-        activations: what the forward pass keeps for a micro-batch.
+        activations: what the forward pass keeps for a micro-batch; in private training also what
+            every example's own gradient takes.
         workspace: the largest of what comes and goes: the scores' gradient, one layer computed
             again, one layer's weights decoded.
         free: what the device has free now.
@@ -89,11 +90,15 @@ def estimate(task: Task, config: Config) -> MemoryEstimate | None:
     device = pick_device(config.model.device)
     left = quantization.unquantised_modules(structure, task.extras)
     base, parameters, largest = _stored(structure, config, left)
+    private = config.privacy.mode == "example"
     micro = config.train.micro_batch or config.train.batch_size
+    if private and config.model.quantization == "int8":
+        micro = 1  # else one example would change how others are computed
     batch = task.largest_batch(micro)
     model = attach(structure, task, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept, scores = _kept(model, batch)
+    with _Watch(model) as watch:
+        kept, scores = _kept(model, batch)
     inner = 0
     if config.model.gradient_checkpointing and (layers := recomputed_layers(model)):
         whole = kept
@@ -101,6 +106,10 @@ def estimate(task: Task, config: Config) -> MemoryEstimate | None:
         kept, scores = _kept(model, batch)
         inner = (whole - kept) // layers
     state = STATE.get(config.train.optimizer, 2 * FLOAT32)
+    if private:
+        # Layers' inputs outlive the backward pass, and gradients come when it is through.
+        kept = max(kept, watch.inputs + watch.gradients) + watch.outputs
+        state += FLOAT64  # the sums
     shape = tuple(next(iter(batch.values())).shape)
     return MemoryEstimate(
         parameters=parameters,
@@ -188,6 +197,47 @@ def _kept(model: nn.Module, batch: Batch) -> tuple[int, int]:
             functional.cross_entropy(logits.reshape(len(labels), -1), labels)
         sizes = [storage.nbytes() for storage in kept.values()]
     return sum(sizes), max(sizes, default=0)
+
+
+class _Watch:
+    """Counts, while a batch goes forward, what per-example gradients of it will take, in bytes.
+
+    Attributes:
+        inputs: what goes into the layers that train.
+        outputs: the loss's gradient by what comes out of them.
+        gradients: each example's own, or where its two Gram matrices are smaller those, with
+            inputs and outputs once more in float64 (as `client.per_example` does).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inputs = self.outputs = self.gradients = 0
+        self._seen: dict[int, Any] = {}  # storages, held as in `_kept`
+        self._modules = [
+            module
+            for module in model.modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+        ]
+
+    def __enter__(self) -> _Watch:
+        self._handles = [module.register_forward_hook(self._count) for module in self._modules]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, storage = inputs[0], inputs[0].untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.inputs += storage.nbytes()
+        self.outputs += output.numel() * output.element_size()
+        trained = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
+        positions = x[0].numel() // x.shape[-1]
+        if isinstance(module, nn.Linear) and 2 * positions**2 <= module.weight.numel():
+            self.gradients += FLOAT64 * (x.numel() + output.numel() + 2 * len(x) * positions**2)
+        else:
+            self.gradients += FLOAT32 * len(x) * trained
 
 
 def _without_weights(model: nn.Module) -> None:

@@ -398,6 +398,12 @@ class AdapterStrategy(Strategy):
         spent = self.outcome.seconds | {phase: seconds}
         self._outcome = replace(self.outcome, seconds=spent)
 
+    def _called(self, client: str) -> str:
+        """Return what the log calls a client: by no name where nobody may know who took part."""
+        if self.privacy is not None and not self.privacy.study:
+            return "a client"
+        return f"client {client}"
+
     def _collect(self, round: int, replies: Iterable[Message], spool: UpdateSpool) -> Training:
         adapter, plan = self.state.adapter, self.rule.plan(round)
         intake = Intake(
@@ -415,7 +421,7 @@ class AdapterStrategy(Strategy):
             client = self.roster.name_of(message.metadata.src_node_id)
             trouble = training.take(client, message)
             if trouble:
-                log.warning("Round %d, client %s: %s", round, client, trouble)
+                log.warning("Round %d, %s: %s", round, self._called(client), trouble)
             self.hooks.on_reply(round, client, trouble)
         # one client must not decide about another's update, where its presence is a secret
         refused = {} if self.privacy else training.refuse_outliers()

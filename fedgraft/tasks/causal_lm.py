@@ -101,7 +101,7 @@ class CausalLM(RowsTask):
         found = load_rows(self.config, report=report)
         self._choose(found["train"].columns)
         named = self.config.federation.partition_column
-        wanted = self.plain_writer().columns()
+        wanted = replace(self.plain_writer().columns(), digest=self.remembered)
         return {
             name: rows.table(
                 replace(wanted, other=() if named is None or name == "test" else (named,)), report

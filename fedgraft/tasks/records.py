@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ SITE = "site (folder or file)"
 """The column with the sub-folder or file that a row comes from, where those are the sites."""
 PLACE = "(place)"
 """The column that says where each chat record stands, for what only its template can refuse."""
+DIGEST = "(digest)"
+"""The column with the SHA-256 of each whole row as its file holds it."""
 
 
 def refuse(error: DataError) -> NoReturn:
@@ -38,6 +41,7 @@ class Columns:
         label: text or whole numbers, kept as text: one of a few classes.
         chat: a list of messages, kept as the JSON of `read_messages`.
         other: anything, kept as text; None where a row has nothing there.
+        digest: whether `DIGEST` is kept, of all columns that the row has.
     """
 
     text: tuple[str, ...] = ()
@@ -45,6 +49,7 @@ class Columns:
     label: str | None = None
     chat: str | None = None
     other: tuple[str, ...] = ()
+    digest: bool = False
 
     def required(self) -> tuple[str, ...]:
         """Return those in which every row must have something."""
@@ -98,6 +103,7 @@ class Rows:
                     "federation.partition-column, or mend the file.",
                 )
         names = [*required, *blank, *other, *([PLACE] if wanted.chat else [])]
+        names += [DIGEST] if wanted.digest else []
         made: dict[str, list[str | None]] = {name: [] for name in names}
         for row, place in zip(self.rows, self.places, strict=True):
             try:
@@ -136,6 +142,8 @@ class Rows:
         for name in other:
             value = row.get(name)
             checked[name] = None if value in (None, "") else str(value)
+        if wanted.digest:
+            checked[DIGEST] = _digest(row)
         for name, kept in checked.items():
             try:
                 (kept or "").encode()
@@ -164,3 +172,9 @@ class Rows:
 def broken(source: str, unit: str, place: int | str, complaint: str) -> DataError:
     """Return the error for one broken row."""
     return DataError(f"{source}, {unit} {place} {complaint}", f"Mend or delete that {unit}.")
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    """Return a row's SHA-256, the same in any order of its columns and wherever its file lies."""
+    whole = {name: value for name, value in row.items() if name != SITE}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()

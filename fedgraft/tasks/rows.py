@@ -14,7 +14,8 @@ import numpy as np
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from fedgraft.tasks import partition
-from fedgraft.tasks.records import SITE
+from fedgraft.tasks.fingerprint import fingerprint, fingerprint_of_digests
+from fedgraft.tasks.records import DIGEST, SITE
 from fedgraft.tasks.splits import cut
 from fedgraft.tasks.task import Batch, Examples, Task
 
@@ -101,6 +102,18 @@ class RowsTask(Task):
         return (
             examples if client is None else Subset(examples, self._alike_test[self._check(client)])
         )
+
+    @property
+    def remembered(self) -> bool:
+        """Whether clients keep a ledger of their data, and so need the digests of whole rows."""
+        return self.config.privacy.mode in ("example", "local")
+
+    def fingerprint(self, client: int) -> str:
+        """Return the fingerprint of a client's rows as they were read, where digests are kept."""
+        table, rows = self.split("train").table, self._dealt[self._check(client)]
+        if DIGEST in table.column_names:
+            return fingerprint_of_digests(table.select(rows)[DIGEST])
+        return fingerprint(self.train(client))
 
     def table(self, split: str, client: int | None) -> datasets.Dataset:
         """Return the rows of "validation" or "test" that are like a client's own; all for None."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
+from fedgraft.tasks.fingerprint import fingerprint
 from fedgraft.tasks.questions import Question, Writing, as_it_stands
 
 Direction = Literal["max", "min"]
@@ -172,6 +173,14 @@ class Task(ABC):
         Each has transformers' `save_pretrained`: a tokenizer, an image processor.
         """
         return ()
+
+    def fingerprint(self, client: int) -> str:
+        """Return what a privacy ledger knows a client's training data by.
+
+        Of the examples as they are encoded; a task that has the rows as they were read takes those,
+        which another encoding leaves as they are.
+        """
+        return fingerprint(self.train(client))
 
     def describe(self, client: int) -> str:
         """Say in a few words what one client's data is, for reports ("rotated +45")."""

@@ -62,6 +62,7 @@ class TextClassification(Classification):
                     text=(task.text_field,),
                     label=task.label_field,
                     other=() if name == "test" else dealt,
+                    digest=self.remembered,
                 ),
                 report,
             )

@@ -9,9 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from fedgraft.library import simulate
+from server.units import Unit
 from simulations.check import check
 from simulations.plan import Plan
-from strategies.registry import rule_names
+from strategies.fitness import check_rule
+from strategies.registry import build_rule, rule_names
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -128,6 +131,57 @@ def test_a_comparison_prints_its_table_and_goes_on(
     assert capsys.readouterr().out == first  # seconds, too: nothing ran again
     assert comparison.main(["best"]) == 2
     assert "many-clients" in capsys.readouterr().out
+
+
+def test_the_privacy_study_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rule at every budget is honoured, with the learning rate that did best."""
+    study = load(monkeypatch, "privacy_study")
+    for name, experiment in study.EXPERIMENTS.items():
+        args = study.arguments([name, "--base", "FOLDER", "--data", "FOLDER"])
+        variants = experiment.variants(experiment.budgets)
+        rates = {variant: 0.1 * (n + 1) for n, variant in enumerate(variants)}
+        plan = study.planned(experiment, experiment.budgets, args, rates)
+        configs = plan.variants()
+        assert list(configs) == list(variants) and plan.seeds == (0, 1, 2)
+        for variant, config in configs.items():
+            rule, budget = variants[variant]
+            assert config.strategy.name == rule and config.privacy.target_epsilon == budget
+            assert config.train.lr == rates[variant]
+            check_rule(build_rule(rule), config)
+        for budget in experiment.budgets:
+            tuning = study.planned(experiment, [budget], args)
+            assert tuning.seeds == (100,)
+            assert len(tuning.variants()) == len(experiment.rules) * len(experiment.rates[budget])
+
+
+def test_the_privacy_study_says_how_far_a_rule_is_from_fedavg(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By hand: 10 and 20 points ahead; t of one degree of freedom is 12.706."""
+    study = load(monkeypatch, "privacy_study")
+    unit, first = Unit("accuracy"), {0: 0.5, 1: 0.6}
+    assert study.told(unit, first, first) == "55.0 ± 7.1%"
+    assert study.told(unit, first, {0: 0.6, 1: 0.8}) == "70.0 ± 14.1%; +15.0 [−48.5, +78.5]"
+    assert study.ranged([0.5, 2.0, 1.0]) == "1 (0.5 to 2)"
+
+
+def test_noise_is_told_from_signal_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = load(monkeypatch, "privacy_study")
+    small = {"federation.rounds": 1, "federation.clients": 2, "privacy.mode": "example"}
+    found = {}
+    for rule in ("fedavg", "ffa-lora"):
+        more = {"strategy.name": rule, "privacy.noise-multiplier": 2.0, "evaluate.clients": False}
+        run = simulate(study.DIGITS | small | more, out=tmp_path / rule)
+        found[rule] = study.signal(run.path)
+    layers = len(run.adapter().layers)
+    both, frozen = found["fedavg"], found["ffa-lora"]
+    assert len(both.A) == len(both.B) == len(frozen.B) == layers and frozen.A == []
+    assert all(0.0 < share < 1.0 for share in both.share)
+    assert frozen.share == [0.0] * layers
+    # with A frozen the product's noise is B's, seen through A
+    assert all(0.0 < ratio < 10.0 for ratio in (*both.product, *frozen.product))
 
 
 @pytest.mark.slow

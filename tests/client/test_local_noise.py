@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_client_app import answer, request
 from torch import Tensor
 
+from client import seat
 from client.local_noise import LocalNoise
+from fedgraft.adapter import from_arrays
 from fedgraft.config import Config
 from fedgraft.deployed import simulation
 from fedgraft.errors import BUDGET, PrivacyError, RunError
 from fedgraft.privacy.ledger import Ledger
 from fedgraft.privacy.randomness import SeededRandomness
-from fedgraft.resident_model import resident_task
+from fedgraft.resident_model import ResidentModel, resident_task
 from fedgraft.tasks.task import Task
 from strategies.local import LocalUpdate
 
@@ -96,12 +99,35 @@ def test_what_the_rule_did_not_send_starts_from_zero(
     torch.testing.assert_close(covered.companions["layer::Y"], torch.tensor([0.3, 0.4]))
 
 
-def test_an_update_that_is_no_number_does_not_leave(
+def test_an_update_that_is_no_number_leaves_as_noise_alone(
     small: Config, task: Task, tmp_path: Path
 ) -> None:
-    covering = noise(small, task, tmp_path / "l.jsonl")
-    with pytest.raises(RunError, match="not finite"):
-        covering.cover(update(float("nan")), START, RECEIVED)
+    """Another reply would tell of the data; with the same noise it is that of no change."""
+    path = tmp_path / "l.jsonl"
+    broken = noise(small, task, path, seed=3).cover(update(float("nan")), START, RECEIVED)
+    none = noise(small, task, path, round=2, seed=3).cover(update(0.0), START, RECEIVED)
+    assert torch.equal(changes(broken), changes(none))
+
+
+def test_a_client_whose_training_fails_answers_like_any_other(
+    small: Config, model: ResidentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise RunError("there is not enough memory to train on one example")
+
+    start = model.initial_adapter(0).tensors()
+    with simulation():
+        usual = answer("train", request(start), small, ledgers=tmp_path / "usual")
+        monkeypatch.setattr(seat, "train", fails)
+        failed = answer("train", request(start), small, ledgers=tmp_path / "failed")
+    assert not usual.refusal and not failed.refusal
+    assert (failed.weight, failed.metrics) == (usual.weight, usual.metrics)
+    assert failed.arrays is not None and usual.arrays is not None
+    told = {name: tensor.shape for name, tensor in from_arrays(usual.arrays).items()}
+    sent = from_arrays(failed.arrays)
+    assert {name: tensor.shape for name, tensor in sent.items()} == told
+    alone = torch.cat([(sent[name] - start[name]).flatten() for name in sent])
+    assert abs(float(alone.std()) - 1.0) < 5.0 / (2 * len(alone)) ** 0.5  # z C = 1
 
 
 def test_replacing_a_client_moves_two_clips(small: Config, task: Task, tmp_path: Path) -> None:

@@ -34,24 +34,28 @@ def releases(directory: RunDirectory, client: int) -> list[Any]:
     return [entry.release for entry in Ledger(directory.ledgers / f"{client}.jsonl").entries]
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ffa-lora"])
+@pytest.mark.parametrize(("name", "rounds"), [("fedavg", 1), ("ffa-lora", 1), ("scaffold", 2)])
 def test_a_round_has_the_promised_noise_on_every_coordinate(
-    name: str, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, rounds: int, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of none, so a round of SGD with a rate of 1 moves the adapter by noise alone.
 
-    Two clients of equal weight, one step each: the mean has (multiplier clip / batch) / sqrt(2).
+    Two clients of equal weight, one step each: the mean has (multiplier clip / batch) / sqrt(2),
+    and so has the second round's. SCAFFOLD's corrections are made of the first one's noise, look at
+    nothing else, and are zero together.
     """
     monkeypatch.setattr(SeededRandomness, "poisson_sample", lambda *_: np.array([], dtype=np.int64))
     sgd = {"train.optimizer": "sgd", "train.lr": 1.0, "strategy.name": name}
-    directory = run(tiny.with_overrides(PRIVATE | sgd | {"federation.rounds": 1}), tmp_path / "run")
+    more = {"federation.rounds": rounds, "train.grad-clip": 0.0}
+    directory = run(tiny.with_overrides(PRIVATE | sgd | more), tmp_path / "run")
+    assert len(releases(directory, 0)) == len(releases(directory, 1)) == rounds
     checkpoint = Checkpoints(directory.checkpoints, 2).latest()
     assert checkpoint is not None and checkpoint.best is not None
-    promised = 1.5 * 0.5 / 8 / 2**0.5
+    promised = 1.5 * 0.5 / 8 / 2**0.5 * rounds**0.5
     config = directory.config()
     start = resident_model(resident_task(config), config).initial_adapter(0).tensors()
     moved = {n: t - start[n] for n, t in checkpoint.state.adapter.tensors().items()}
-    trains = [n for n in moved if name == "fedavg" or "lora_A" not in n]
+    trains = [n for n in moved if name != "ffa-lora" or "lora_A" not in n]
     assert not any(moved[n].any() for n in moved.keys() - set(trains))
     for tensor in trains:
         scaled = moved[tensor].double() / promised

@@ -11,8 +11,9 @@ from tiny_models import save_llama
 from torch import Tensor
 from torch.nn import functional
 
+from client.per_example import PerExampleGradients
 from fedgraft.config import Config
-from fedgraft.memory_estimate import MemoryEstimate, advice, estimate
+from fedgraft.memory_estimate import MemoryEstimate, _Watch, advice, estimate
 from fedgraft.quantization import stored_bytes
 from fedgraft.resident_model import ResidentModel, load_task
 
@@ -92,6 +93,47 @@ def test_fewer_examples_and_fewer_activations_take_less(llama: Path) -> None:
     whole = total()
     assert total(**{"train.micro-batch": 2}) < whole / 2
     assert total(**{"model.gradient-checkpointing": True}) < whole
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter.rank": 2}, {"model.dtype": "bfloat16"}])
+def test_private_training_keeps_every_examples_gradient(
+    llama: Path, settings: dict[str, Any]
+) -> None:
+    """Beside the forward pass: gradients by outputs, and after it inputs and own gradients."""
+    plain = config(llama, **settings)
+    private = plain.with_overrides(
+        {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "train.micro-batch": ROWS}
+    )
+    task = load_task(private)
+    before, found = estimate(task, plain), estimate(task, private)
+    assert before is not None and found is not None
+    model = ResidentModel(task, private)
+    watched = PerExampleGradients(model.model, model.parameters)
+    ids = torch.full((ROWS, LENGTH), 5)
+    with watched.watching():
+        logits = model.model(input_ids=ids, use_cache=False).logits.float()
+        functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        uses = [use for layer in watched._layers for use in layer.uses]
+        inputs = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x, _ in uses}
+        outputs = sum(g.numel() * g.element_size() for _, g in uses)
+    trained = sum(parameter.numel() for parameter in model.parameters.values())
+    after = sum(inputs.values()) + 4 * ROWS * trained  # no layer is large enough for a ghost
+    assert found.activations == max(before.activations, after) + outputs
+    assert found.adapter == trained * (4 + 4 + 8 + 8)
+    eight = estimate(task, private.with_overrides({"model.quantization": "int8"}))
+    assert eight is not None and eight.sequence == f"1 x {LENGTH} tokens"
+
+
+def test_the_smaller_of_gradients_and_gram_matrices_is_counted() -> None:
+    """By hand: three vectors of 4 numbers into 50; then three texts of 11 such vectors."""
+    layer = torch.nn.Linear(4, 50, bias=False)
+    with _Watch(layer) as watch:
+        layer(torch.zeros(3, 4))  # an example's gradient is 200 numbers, its two matrices 2
+    assert (watch.inputs, watch.outputs) == (4 * 12, 4 * 150)
+    assert watch.gradients == 8 * (12 + 150 + 2 * 3)
+    with _Watch(layer) as watch:
+        layer(torch.zeros(3, 11, 4))  # the matrices are 242
+    assert watch.gradients == 4 * 3 * 200
 
 
 def test_it_says_where_memory_goes_and_what_would_help(llama: Path) -> None:

@@ -105,6 +105,17 @@ def test_a_round_that_costs_too_much_is_not_begun() -> None:
     assert sum(message.metadata.message_type == "train" for message in grid.sent) == 2 * 4
 
 
+@pytest.mark.parametrize("study", [True, False])
+def test_the_log_names_a_client_in_trouble_only_in_a_study(
+    study: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name would tell that it took part."""
+    refuses = Bad("1", answer=lambda tensors: Reply(refusal="no disk").encode())
+    run(grid=FakeGrid(nodes(c1=refuses)), rounds=1, privacy=private(study=study))
+    assert ("Round 1, client 1: no disk" in caplog.text) == study
+    assert ("Round 1, a client: no disk" in caplog.text) == (not study)
+
+
 def test_clients_are_sampled_by_the_source_of_the_noise() -> None:
     counts = [len(o.sampled) for o in run(rounds=8, privacy=private(rate=0.4)).outcomes[1:]]
     assert len(set(counts)) > 1
