@@ -6,20 +6,25 @@ cannot do it answers with a refusal that says why; the server counts it and goes
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client.received import keep
 from client.seat import RoundOfWork, Seat, partition_of
 from fedgraft.adapter import to_arrays
 from fedgraft.config import Config
 from fedgraft.errors import DiskFullError, FedGraftError, PrivacyError
 from fedgraft.generation import evaluate
-from fedgraft.messages import Hello, Reply, TrainRequest
+from fedgraft.messages import FinalAdapter, Hello, Reply, TrainRequest
 from fedgraft.resident_model import resident_task
+from fedgraft.run_directory import ADAPTERS_KEY
 
 app = ClientApp()
+log = logging.getLogger(__name__)
 
 
 @app.query("hello")
@@ -32,6 +37,19 @@ def hello(message: Message, context: Context) -> Message:
     description = "" if hidden else resident_task(config).describe(index)
     answer = Hello(str(index), description, _memory(context))
     return Message(answer.encode(), reply_to=message)
+
+
+@app.query("adapter")
+def keep_adapter(message: Message, context: Context) -> Message:
+    """Keep the adapter that a run has come to."""
+    folder = str(context.node_config.get(ADAPTERS_KEY) or Path.home() / ".fedgraft" / "adapters")
+    try:
+        path = keep(FinalAdapter.decode(message.content), Path(folder))
+        log.info("The final adapter of a run is in %s", path)
+        reply = Reply()
+    except FedGraftError as error:
+        reply = _refusal(error)
+    return Message(reply.encode(), reply_to=message)
 
 
 @app.train()

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedgraft.adapter import PREFIX, Adapter, LoraLayer, pad_rank
+from fedgraft.adapter_folder import CARD, SETTINGS, WEIGHTS
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors, write_text
@@ -23,8 +24,6 @@ from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
 from server.guarantee import in_words
 from server.units import Unit
-
-WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
 def write_adapter(folder: Path, adapter: Adapter, model: ResidentModel, card: str) -> None:

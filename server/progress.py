@@ -13,11 +13,12 @@ from typing import Any
 
 from fedgraft.errors import ConfigError, FedGraftError, RunError
 
-START, SAMPLED, REPLY, ROUND, FINISHED, FAILED = (
+START, SAMPLED, REPLY, ROUND, HANDED_OUT, FINISHED, FAILED = (
     "start",
     "sampled",
     "reply",
     "round",
+    "handed-out",
     "finished",
     "failed",
 )

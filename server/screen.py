@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.status import Status
 from rich.table import Column
 
-from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressReader
+from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, ProgressReader
 from server.units import Unit
 
 _POLL_SECONDS = 0.2
@@ -150,6 +150,9 @@ class Screen:
             where = f"{name}, round {event['round']}, client {escape(event['client'])}"
             trouble = escape(" ".join(event["trouble"].split()))
             self._say(f"[yellow]{where}:[/yellow] {trouble}")
+        elif kind == HANDED_OUT:
+            missed = "".join(f"; not {escape(n)}: {escape(w)}" for n, w in event["missed"].items())
+            self._say(f"{name}: {event['kept']} clients keep the final adapter{missed}")
         elif kind == ROUND and self._bars is None:
             lines = _LINES if self._jobs == 1 else _LINES_OF_MANY
             if run.round % max(1, run.rounds // lines) == 0 or run.round == run.rounds:
