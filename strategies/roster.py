@@ -16,7 +16,8 @@ from flwr.serverapp import Grid
 
 from fedgraft.adapter import natural_order
 from fedgraft.errors import RunError, UpdateError
-from fedgraft.messages import CONFIG, HELLO, Hello
+from fedgraft.messages import HELLO, Hello
+from fedgraft.refusal import CONFIG
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
