@@ -14,8 +14,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedgraft.adapter import Tensors, from_arrays, payload_bytes
 from fedgraft.errors import UpdateError
+from fedgraft.refusal import CONFIG, REFUSAL, refusal
 
-ARRAYS, COMPANIONS, CONFIG, METRICS = "arrays", "companions", "config", "metrics"
+ARRAYS, COMPANIONS, METRICS = "arrays", "companions", "metrics"
 RESIDUAL, RULE, CONSTANT = "residual/", "rule/", "constant/"
 """Prefixes of the companions: what has joined the base, what the rule sends, and sends but once."""
 _LARGEST_METRIC = 1e15
@@ -126,7 +127,7 @@ class Reply:
     def encode(self) -> RecordDict:
         """Return the records of a Flower message."""
         if self.refusal:
-            return RecordDict({CONFIG: ConfigRecord({"refusal": self.refusal})})
+            return refusal(self.refusal)
         metrics = MetricRecord({WEIGHT: self.weight, **self.metrics})
         records = RecordDict({METRICS: metrics})
         if self.arrays is not None:
@@ -142,9 +143,8 @@ class Reply:
         Raises:
             UpdateError: the reply has no metrics, or its weight is missing or not a number.
         """
-        refusal = str(_config(content).get("refusal", ""))
-        if refusal:
-            return cls(refusal=refusal)
+        if reason := str(_config(content).get(REFUSAL, "")):
+            return cls(refusal=reason)
         records = _records(content, MetricRecord)
         if METRICS not in records and len(records) != 1:
             raise UpdateError("the reply has no metrics record")

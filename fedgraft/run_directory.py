@@ -38,9 +38,6 @@ PERSONAL_KEY = "fedgraft.personal"
 LEDGER_KEY = "fedgraft.ledgers"
 """Key of Flower's run config that tells simulated clients where to keep their privacy ledgers."""
 
-ADAPTERS_KEY = "fedgraft.adapters"
-"""Key of a node's config: the folder where the client keeps the final adapters of its runs."""
-
 PLAN_FILE = "comparison.toml"
 """What tells a comparison's directory from a run's: strategies, seeds, grid and common config."""
 

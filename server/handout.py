@@ -13,7 +13,7 @@ from fedgraft.adapter import payload_bytes, to_arrays
 from fedgraft.adapter_folder import CARD, SETTINGS, WEIGHTS
 from fedgraft.files import read_tensors
 from fedgraft.messages import KEEP, FinalAdapter
-from strategies.replies import answered
+from strategies.replies import trouble_of
 from strategies.roster import Roster, exchange
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def hand_out(
     content = FinalAdapter(arrays, settings, card, lineage).encode()
     messages = [Message(content, roster.node_of(name), KEEP) for name in names]
     troubles = {
-        roster.name_of(reply.metadata.src_node_id): answered(reply)
+        roster.name_of(reply.metadata.src_node_id): trouble_of(reply)
         for reply in exchange(grid, messages, silence)
     }
     missed = {name: troubles.get(name, "no reply") for name in names}

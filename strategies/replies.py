@@ -125,7 +125,7 @@ class Training:
         )
 
 
-def answered(message: Message) -> str:
+def trouble_of(message: Message) -> str:
     """Return why a client did not do what it was asked, "" when it says that it did."""
     trouble = _failure(message)
     if trouble:

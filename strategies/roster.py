@@ -16,7 +16,9 @@ from flwr.serverapp import Grid
 
 from fedgraft.adapter import natural_order
 from fedgraft.errors import RunError, UpdateError
-from fedgraft.messages import CONFIG, HELLO, Hello
+from fedgraft.messages import HELLO, Hello
+from fedgraft.refusal import CONFIG
+from strategies.replies import trouble_of
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
@@ -158,7 +160,7 @@ class Roster:
             with suppress(UpdateError):
                 return Hello.decode(reply.content)
         if self._ours:
-            reason = reply.error.reason if reply.has_error() else "no name"
+            reason = trouble_of(reply) or "no name"
             log.warning("Node %d does not say its name yet: %s", node, reason)
             return None
         return Hello(str(node))  # who is no client of ours is called by its id
