@@ -1,7 +1,7 @@
 """The parts of Flower that are not its public interface, isolated here, and its processes.
 
-Everything private that FedGraft touches is in this file and in nodes.py, each with a test, so that
-a new Flower release breaks one place and says so.
+Everything private that FedGraft touches is in this file, nodes.py and runs.py, each with a test,
+so that a new Flower release breaks one place and says so.
 """
 
 from __future__ import annotations

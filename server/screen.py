@@ -109,6 +109,11 @@ class Screen:
             self._rows_done += 1
             self._say(f"[green]done[/green] {result}")
 
+    def say(self, text: str) -> None:
+        """Print a line that stays on the screen, in plain words."""
+        with self._lock:
+            self._say(escape(text))
+
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
