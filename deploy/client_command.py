@@ -1,0 +1,121 @@
+"""`fedgraft client`: what runs on an edge machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from client.policy import Policy
+from deploy.client_config import DEFAULT_SERVER, ClientConfig, write_example
+from deploy.client_parts import parts
+from deploy.isolation import prepare
+from deploy.merged_log import MergedLog
+from deploy.supervisor import OWN, Supervisor
+from fedgraft.errors import ConfigError, RunError
+from fedgraft.files import disk_errors
+
+
+@click.command()
+@click.option("--config", "file", type=click.Path(path_type=Path), help="The client's file.")
+@click.option("--init", type=click.Path(path_type=Path), help="Write an example of that file.")
+@click.option("--keys", type=click.Path(path_type=Path), help="With --init: KEYS/clients/NAME.")
+@click.option("--server", default=DEFAULT_SERVER, show_default=True, help="With --init: HOST:PORT.")
+@click.option("--partition", type=click.IntRange(min=0), help="With --init: of the digits task.")
+@click.option("--partitions", default=3, show_default=True, help="With --init: of how many.")
+def client(
+    file: Path | None,
+    init: Path | None,
+    keys: Path | None,
+    server: str,
+    partition: int | None,
+    partitions: int,
+) -> None:
+    """Take part in a federation with the data of this machine.
+
+    \b
+    Try:  fedgraft client --init client.toml --keys KEYS/clients/0 --partition 0
+          fedgraft client --config client.toml
+
+    It starts the resident trainer, which holds base and data, and Flower's SuperNode, which speaks
+    to the server; restarts what dies; and stops on SIGTERM or Ctrl-C.
+    """
+    if (file is None) == (init is None):
+        raise click.UsageError("Name a file with --config, or write one with --init.")
+    if init is not None:
+        _write(init, keys, server, partition, partitions)
+    elif file is not None:
+        _run(file)
+
+
+def _write(
+    path: Path, keys: Path | None, server: str, partition: int | None, partitions: int
+) -> None:
+    if keys is None:
+        raise click.UsageError("--init needs --keys, the folder that `fedgraft keys client` made.")
+    base = "" if partition is None else _digits_base()
+    made = {"partition": partition, "partitions": partitions, "base_hash": base}
+    policy = write_example(path, keys, server=server, **made)  # type: ignore[arg-type]
+    ClientConfig.load(path)
+    click.echo(f"wrote {path} and {policy}; start it with: fedgraft client --config {path}")
+
+
+def _digits_base() -> str:
+    """Return the hash of the built-in base."""
+    from fedgraft.config import Config
+    from fedgraft.logs import hushed
+    from fedgraft.resident_model import resident_model, resident_task
+
+    with hushed():
+        config = Config().with_overrides({"model.device": "cpu"})
+        return resident_model(resident_task(config), config).base_hash
+
+
+def _run(file: Path) -> None:
+    config = ClientConfig.load(file)
+    Policy.load(config.policy)
+    name = config.client
+    with _held(config):
+        prepare(config)
+        log = MergedLog(config.log, screen=True)
+        try:
+            if not config.two_users:
+                log.write(
+                    OWN,
+                    "trainer and SuperNode are one Unix user: a hostile server's code could read "
+                    "this client's data (trainer-user, node-user)",
+                )
+            ready = f"client {name} is ready; its server is {config.server}"
+            supervisor = Supervisor(parts(config, file), log, config.parts)
+            supervisor.run(when_ready=lambda: log.write(OWN, ready))
+        finally:
+            log.close()
+
+
+@contextmanager
+def _held(config: ClientConfig) -> Iterator[None]:
+    """Hold the state folder, so that no two clients work in it.
+
+    Raises:
+        RunError: another one does.
+        ConfigError: the folder is a file.
+    """
+    if config.state.exists() and not config.state.is_dir():
+        raise ConfigError(f"state is {config.state}, which is no folder", "Name another one.")
+    with disk_errors(config.lock):
+        config.state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(config.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another client is at work in {config.state}", "End it, or name another state."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
