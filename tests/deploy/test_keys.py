@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -221,3 +223,16 @@ def test_wrong_usage_exits_with_2(
     monkeypatch.chdir(tmp_path)
     done = call("keys", *arguments)
     assert done.status == 2 and message in done.err and len(done.err.splitlines()) <= 2
+
+
+def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One after the other in an empty folder; the server itself is started in test_server.py."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL))
+    lines = [line.split("#")[0] for line in blocks.splitlines()]
+    ours = [line for line in lines if line.startswith(("fedgraft keys", "fedgraft server --init"))]
+    assert len(ours) >= 8
+    for line in ours:
+        done = call(*shlex.split(line)[1:])
+        assert done.status == 0, f"{line}\n{done.err}"

@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ CLIENTS = ("alice", "bob", "carol", "dave", "erin")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     path = write_server(tmp_path_factory.mktemp("server"), CLIENTS, body_mib=1)
+    Keys(path.parent / "KEYS").renew("erin", days=20)
     with real_server(path) as one:
         yield one
 
@@ -279,6 +281,30 @@ def test_sigterm_leaves_nothing(server: RealServer):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
     assert call("keys", "revoke", "bob", "--dir", server.keys.folder).out.count("No server") == 1
+
+
+EXAMPLES = {
+    "...": ".*",
+    "4711": r"\d+",
+    "4.4": r"\d+\.\d",
+    "2027-01-31": r"\d{4}-\d\d-\d\d",
+    "0.0.0.0:9443": r"127\.0\.0\.1:\d+",
+    "192.0.2.7": r"127\.0\.0\.1",
+}
+"""What the documentation writes for a number, a date or an address, and what may stand there."""
+
+
+def test_every_log_line_of_the_documentation_was_seen(server: RealServer):
+    """The tests above have provoked them all."""
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    _, _, table = page.partition("| line | meaning |")
+    lines = re.findall(r"^\| `(.+?)` \|", table, re.M)
+    assert len(lines) >= 20
+    for line in lines:
+        pattern = re.escape(line)
+        for example, any_ in EXAMPLES.items():
+            pattern = pattern.replace(re.escape(example), any_)
+        assert re.search(pattern, server.log()), line
 
 
 # Without a server: what cannot start
