@@ -15,20 +15,25 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from deploy.keys import Client, Keys
 from deploy.server_config import ServerConfig
 from deploy.supervisor import Part, listens
-from fedgraft.errors import ConfigError
+from fedgraft.errors import ConfigError, RunError
 from fedgraft.files import write_text
 
 NAME = "gateway"
 _MISSING = "nginx is not installed"
+_RELOAD_SECONDS = 10.0
 _INSTALL = "Install it: apt-get install nginx (Debian, Ubuntu), dnf install nginx (Fedora)."
 _NOISE = re.compile(
     r"\[notice\]|closed keepalive connection"
@@ -76,10 +81,9 @@ http {{
 
   limit_req_zone $client zone=requests:1m rate={rate}r/s;
   limit_req zone=requests burst={burst} delay={rate};
-  limit_req_status 429;
   limit_conn_zone $client zone=connections:1m;
   limit_conn connections {connections};
-  limit_conn_status 429;
+  # nginx answers 503 to what is above a limit, on which a SuperNode waits and asks again.
   client_max_body_size {body}m;
   client_header_timeout 30s;
   client_body_timeout 60s;
@@ -105,9 +109,13 @@ http {{
     ssl_session_tickets off;
 
     location / {{ return 403; }}
+    location = /v1/fleet {{ return 403; }}  # or nginx would answer with a redirection
 
     location /v1/fleet/ {{
-      if ($node != $client) {{ return 403; }}
+      # On 401 a SuperNode ends, as it does where Flower itself does not know its key.
+      if ($node != $client) {{ return 401; }}
+      # Requests say how long they are, so that one too long is refused before a byte goes on.
+      if ($http_transfer_encoding) {{ return 411; }}
       limit_except POST {{ deny all; }}
       # With a path, nginx sends on the one that it has compared, and no other spelling of it.
       proxy_pass https://superlink/v1/fleet/;
@@ -208,6 +216,36 @@ def gateway(config: ServerConfig) -> Part:
         folder=folder_of(config),
         hides=_NOISE,
     )
+
+
+def reload(config: ServerConfig) -> None:
+    """Let a running gateway read its lists anew, and wait until nobody is let in by the old ones.
+
+    Raises:
+        RunError: it goes on with the old lists.
+    """
+    pid = running_gateway(config)
+    try:
+        if pid is None:
+            return  # it reads the new ones when it comes back
+        old = psutil.Process(pid).children()
+        os.kill(pid, signal.SIGHUP)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return
+    limit = time.monotonic() + _RELOAD_SECONDS
+    while any(_accepts(worker) for worker in old):
+        if time.monotonic() > limit:
+            raise RunError(
+                "the gateway did not read who is invited anew", f"See {config.log}, and restart it."
+            )
+        time.sleep(0.02)
+
+
+def _accepts(worker: psutil.Process) -> bool:
+    """Whether a worker still takes connections: nginx renames one that only finishes its own."""
+    with suppress(psutil.Error):
+        return worker.is_running() and not any("shutting" in word for word in worker.cmdline())
+    return False
 
 
 def running_gateway(config: ServerConfig) -> int | None:

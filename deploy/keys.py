@@ -107,7 +107,7 @@ class Keys:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not self._clients.exists():
+        if not self.records.exists():
             raise ConfigError(
                 f"{folder} holds no keys",
                 f"Make them: fedgraft keys init --dir {folder} --host NAME",
@@ -125,11 +125,12 @@ class Keys:
 
     @property
     def running(self) -> Path:
-        """Where a server that runs with these keys says where its state is."""
+        """Where a server that runs with these keys says so, and what it has taken in."""
         return self.folder / "running.json"
 
     @property
-    def _clients(self) -> Path:
+    def records(self) -> Path:
+        """Every invitation there ever was."""
         return self.folder / "clients.json"
 
     def client_folder(self, name: str) -> Path:
@@ -235,11 +236,11 @@ class Keys:
             ConfigError: clients.json is damaged.
         """
         try:
-            tree = json.loads(read_key_file(self._clients))
+            tree = json.loads(read_key_file(self.records))
             return [_client(record) for record in tree["clients"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self._clients} is damaged: {error}", "Restore it from its backup."
+                f"{self.records} is damaged: {error}", "Restore it from its backup."
             ) from None
 
     def invited(self) -> dict[str, Client]:
@@ -274,7 +275,7 @@ class Keys:
             before = list(records)
             yield records
             if records != before:
-                write_json(self._clients, {"clients": [asdict(one) for one in records]})
+                write_json(self.records, {"clients": [asdict(one) for one in records]})
 
     def _find(self, records: Sequence[Client], name: str) -> int:
         for index, record in enumerate(records):

@@ -95,21 +95,21 @@ def client(name: str, folder: Path, days: int, renew: bool, as_json: bool) -> No
     \b
     Example: fedgraft keys client hospital-1 --dir KEYS
 
-    A server that runs on this machine with these keys lets it in at once, any other when it starts.
-    Hand the folder over on a way that nobody else reads, and delete it here.
+    A server that runs with these keys lets it in before this command ends, any other when it
+    starts. Hand the folder over on a way that nobody else reads, and delete it here.
     """
     from deploy.keys import Keys
 
     made = Keys(folder)
     one = made.renew(name, days) if renew else made.invite(name, days)
-    lines, node_id = _tell_server(made, one)
+    line = _told(made, "The running server lets it in from now on.")
     if as_json:
-        handed = {"folder": str(made.client_folder(name)), **_client(one), "node_id": node_id}
+        one = made.invited()[name]  # with its node's id
+        handed = {"folder": str(made.client_folder(name)), **_client(one)}
         click.echo(json.dumps(handed, indent=2))
         return
     click.echo(f"Hand {made.client_folder(name)} to {name}; it holds until {one.expires.date()}.")
-    for line in lines:
-        click.echo(line)
+    click.echo(line)
 
 
 @keys.command()
@@ -122,20 +122,19 @@ def revoke(name: str, folder: Path, as_json: bool) -> None:
     \b
     Example: fedgraft keys revoke hospital-1 --dir KEYS
 
-    A server that runs on this machine with these keys shuts it out at once. Where the server runs
-    elsewhere, copy crl.pem and clients.json there and restart it.
+    A server that runs with these keys shuts it out before this command ends. Where the server has
+    a copy of the folder, copy crl.pem and clients.json there: it takes them in at once.
     """
     from deploy.keys import Keys
 
     made = Keys(folder)
     one = made.revoke(name)
-    lines, _ = _tell_server(made, one)
+    line = _told(made, "The running server shuts it out from now on.")
     if as_json:
         click.echo(json.dumps(_client(one), indent=2))
         return
     click.echo(f"Client {name} is revoked.")
-    for line in lines:
-        click.echo(line)
+    click.echo(line)
 
 
 @keys.command()
@@ -180,22 +179,13 @@ def show(folder: Path, as_json: bool) -> None:
         console.print(f"Warning: {line}", markup=False, style="bold red")
 
 
-def _tell_server(made: Keys, one: Client) -> tuple[list[str], int | None]:
-    """Let a running server know; say what became of it, and the client's node id."""
-    from deploy.admission import running_server, settle
-    from fedgraft.errors import RunError
+def _told(made: Keys, done: str) -> str:
+    """Wait for a server that runs with these keys; say what it did, or that none runs."""
+    from deploy.admission import wait_for_server
 
-    config = running_server(made)
-    if config is None:
-        return ["No server runs here with these keys: it will know when it starts."], None
-    try:
-        settle(made, config)
-    except RunError as error:
-        return [f"The gateway knows; {error.message}: the rest is done when it is back."], None
-    if one.revoked is not None:
-        return ["The running server shuts it out from now on."], None
-    node = made.invited()[one.name].node_id
-    return [f"The running server knows it as node {node}."], node
+    if wait_for_server(made):
+        return done
+    return "No server runs here with these keys: it will know when it starts."
 
 
 def _state(made: Keys) -> dict[str, Any]:

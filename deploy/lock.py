@@ -42,10 +42,14 @@ def only_one(path: Path, what: str) -> Iterator[None]:
 
 
 def holder(path: Path) -> int | None:
-    """Return the id of the process that holds a lock, or None."""
+    """Return the id of the process that holds a lock, or None.
+
+    Raises:
+        PermissionError: this user may not look.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

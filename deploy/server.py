@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import signal
 import socket
 import time
 from contextlib import suppress
@@ -14,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from deploy import gateway
-from deploy.admission import Changes, announce, forget, settle
+from deploy.admission import Admission, digest
 from deploy.certificates import WARN_DAYS, days_left, read_certificate, read_issued, read_key_file
 from deploy.keys import Keys
 from deploy.lock import only_one
@@ -50,14 +48,15 @@ def serve(config: ServerConfig, screen: bool = True) -> None:
         with disk_errors(config.state):
             config.state.chmod(0o700)  # the database, and what runs leave behind
             gateway.folder_of(config).mkdir(exist_ok=True)
+        known = digest(keys)
         gateway.write_config(config, keys)
         log = MergedLog(config.log, screen)
-        house = _Housekeeping(config, keys, log)
+        house = _Housekeeping(config, keys, log, known)
         parts = [superlink(config, keys), gateway.gateway(config)]
         try:
             Supervisor(parts, log, config.parts).run(house.open, house.tick)
         finally:
-            forget(keys)
+            house.close()
             log.close()
 
 
@@ -131,38 +130,27 @@ def _who(port: int) -> str:
 class _Housekeeping:
     """What a server does beside watching its parts."""
 
-    def __init__(self, config: ServerConfig, keys: Keys, log: MergedLog) -> None:
+    def __init__(self, config: ServerConfig, keys: Keys, log: MergedLog, known: str) -> None:
         self._config, self._keys, self._log = config, keys, log
-        self._settled = False
+        self._admission = Admission(keys, config, self._say, known)
         self._next_check = 0.0  # monotonic seconds
 
     def open(self) -> None:
-        """Say that the server is there, and settle who is invited."""
-        try:
-            announce(self._keys, self._config)
-        except RunError as error:
-            self._say(f"{error.message}; fedgraft keys will not find this server to tell it")
+        """Settle who is let in, and say that the server is there."""
         self.tick()
         self._say(f"the server is ready: clients reach it on {self._config.listen}")
 
     def tick(self) -> None:
-        """Settle who is invited, if that is still to do; warn once a day; put logs aside."""
-        if not self._settled:
-            self._settle()
+        """Settle who is let in, warn once a day of what expires, and put large logs aside."""
+        self._admission.tick()
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + _DAY
             self._warn()
         self._put_aside()
 
-    def _settle(self) -> None:
-        try:
-            changes = settle(self._keys, self._config)
-        except RunError as error:  # the SuperLink has just died, say
-            self._say(f"{error.message}; trying again")
-            return
-        self._settled = True
-        for line in told(changes):
-            self._say(line)
+    def close(self) -> None:
+        """Say in KEYS that no server runs with them any more."""
+        self._admission.close()
 
     def _warn(self) -> None:
         try:
@@ -174,30 +162,18 @@ class _Housekeeping:
 
     def _put_aside(self) -> None:
         path = self._config.access_log
-        with suppress(OSError):
+        with suppress(OSError, RunError):
             if path.stat().st_size < _ACCESS_LOG_BYTES:
                 return
             for number in range(_ACCESS_LOGS_KEPT - 1, 0, -1):
                 with suppress(FileNotFoundError):
                     _numbered(path, number).replace(_numbered(path, number + 1))
             path.replace(_numbered(path, 1))
-            pid = gateway.running_gateway(self._config)
-            if pid is not None:
-                os.kill(pid, signal.SIGUSR1)  # nginx opens its logs anew
+            # Not SIGUSR1: on that, workers without root's rights would open the new one themselves.
+            gateway.reload(self._config)
 
     def _say(self, line: str) -> None:
         self._log.write(OWN, line)
-
-
-def told(changes: Changes) -> list[str]:
-    """Say what `settle` did, a line each."""
-    lines = [f"registered the node of client {name}" for name in changes.registered]
-    lines += [f"removed the node of client {name}" for name in changes.removed]
-    lines += [
-        f"warning: node {node} is registered and nobody's in clients.json; the gateway refuses it"
-        for node in changes.strangers
-    ]
-    return lines
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -31,7 +31,7 @@ from fedgraft.files import disk_errors, write_json
 
 OWN = "fedgraft"
 """The name under which the supervisor itself writes into the log."""
-_TICK = 0.05
+_TICK, _MEANWHILE_SECONDS = 0.05, 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STEADY_SECONDS = 60.0
 """A part that ran this long has recovered: its next pause is the first one again."""
@@ -125,7 +125,7 @@ class Supervisor:
 
         Args:
             when_ready: called once, when all are ready.
-            meanwhile: called about once a second after that; it must not take long.
+            meanwhile: called five times a second after that; it must not take long.
 
         Raises:
             RunError: a part ended, or did not answer in time, before it was ready for the first
@@ -143,7 +143,7 @@ class Supervisor:
                     self._tick()
                     if time.monotonic() >= due:
                         meanwhile()
-                        due = time.monotonic() + 1.0
+                        due = time.monotonic() + _MEANWHILE_SECONDS
                     time.sleep(_TICK)
             finally:
                 self._stop_all()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -15,9 +17,10 @@ from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 
 from deploy import keys as keys_module
-from deploy.admission import running_server
+from deploy.admission import digest, wait_for_server
 from deploy.keys import Keys
-from fedgraft.errors import ConfigError
+from deploy.lock import only_one
+from fedgraft.errors import ConfigError, RunError
 
 
 @pytest.fixture
@@ -136,13 +139,31 @@ def test_damaged_records_are_never_read_as_none(keys: Keys):
         assert path.read_text() == damaged
 
 
-def test_where_no_server_runs_none_is_found(keys: Keys):
-    assert running_server(keys) is None
+def test_a_server_is_waited_for_where_one_runs(keys: Keys, tmp_path: Path):
+    assert not wait_for_server(keys)
     keys.running.write_text("{")
-    assert running_server(keys) is None
-    state = {"keys": str(keys.folder), "state": str(keys.folder / "nowhere")}
-    keys.running.write_text(json.dumps(state))
-    assert running_server(keys) is None
+    assert not wait_for_server(keys)
+    lock = tmp_path / "state" / "server.lock"
+    told = {"state": str(lock.parent), "log": "the.log", "knows": digest(keys)}
+    with only_one(lock, "server"):
+        keys.running.write_text(json.dumps(told))
+        assert wait_for_server(keys)
+        keys.invite("a")
+        with pytest.raises(RunError, match="has not taken it in") as caught:
+            wait_for_server(keys, 0.1)
+        assert "the.log" in caught.value.remedy
+    assert not wait_for_server(keys)  # it was killed, and could not take its word back
+
+
+def test_the_digest_is_of_who_is_let_in_and_not_of_node_ids(keys: Keys):
+    digests = [digest(keys)]
+    client = keys.invite("a")
+    digests.append(digest(keys))
+    keys.set_node_ids({client.node_key: 7})
+    assert keys.invited()["a"].node_id == 7 and digest(keys) == digests[-1]
+    keys.revoke("a")
+    digests.append(digest(keys))
+    assert len(set(digests)) == 3
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -202,3 +223,16 @@ def test_wrong_usage_exits_with_2(
     monkeypatch.chdir(tmp_path)
     done = call("keys", *arguments)
     assert done.status == 2 and message in done.err and len(done.err.splitlines()) <= 2
+
+
+def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One after the other in an empty folder; the server itself is started in test_server.py."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL))
+    lines = [line.split("#")[0] for line in blocks.splitlines()]
+    ours = [line for line in lines if line.startswith(("fedgraft keys", "fedgraft server --init"))]
+    assert len(ours) >= 8
+    for line in ours:
+        done = call(*shlex.split(line)[1:])
+        assert done.status == 0, f"{line}\n{done.err}"
