@@ -70,7 +70,7 @@ def _copy_keys(source: Path, target: Path, owner: tuple[int, int]) -> None:
 
 
 def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]) -> None:
-    private = _private(config)
+    private = private_paths(config)
     if open_to := readable(*node, private):
         raise ConfigError(
             f"node-user {config.node_user} can read {open_to[0]}, and with it the server's code",
@@ -91,7 +91,7 @@ def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]
             )
 
 
-def _private(config: ClientConfig) -> list[Path]:
+def private_paths(config: ClientConfig) -> list[Path]:
     """Return what the SuperNode's user must not be able to read."""
     paths = [config.policy, config.kept, *config.kept.rglob("*")]
     if config.keys is not None:

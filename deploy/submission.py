@@ -146,7 +146,6 @@ class Submission:
     def _attempt(self, until_done: bool) -> None:
         runs = Runs(self.server.superlink_port, self.server.keys / "server" / "ca.crt")
         with closing(runs):
-            reader = ProgressReader(self.directory.progress)
             run_id = self._at_work(runs)
             if run_id is None:
                 self._wait_for_clients(until_done)
@@ -158,7 +157,8 @@ class Submission:
                 reader = ProgressReader(self.directory.progress)
                 run_id = self._start(runs)
             else:
-                self._say("The run is being worked on already; following it")
+                self._say("The run is at work already; following it")
+                reader = ProgressReader.of_session(self.directory.progress)
             try:
                 self._follow(runs, run_id, reader, until_done)
             except BaseException:

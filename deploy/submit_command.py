@@ -61,12 +61,16 @@ def submit(
         from deploy.server_config import ServerConfig
         from deploy.submission import Submission, prepare
         from fedgraft.config import Config
+        from fedgraft.run_directory import RunDirectory
         from fedgraft.settings import parse_settings
         from server import session
         from server.summary import strategy_label
 
         to = ServerConfig.load(server)
-        if resume is not None:
+        if resume is not None and not settings and RunDirectory.open(resume).busy:
+            directory = RunDirectory(resume)  # a submit that was killed left it running
+            config = directory.config()
+        elif resume is not None:
             config, directory = session.resume(resume, parse_settings(settings))
         else:
             directory = prepare(Config.load(config_file, settings), out)
@@ -76,7 +80,7 @@ def submit(
             click.echo(session.how_to_go_on(directory), err=True)
         else:
             label = f"{strategy_label(config)}, seed {config.seed}"
-            with Screen({label: directory.progress}) as screen:
+            with Screen({label: directory.progress}, at_work=directory.busy) as screen:
                 submission = Submission(to, config, directory, screen.say)
                 submission.run(until_done=until_done)
         with busy("Drawing plots and the report"):

@@ -43,6 +43,7 @@ class Screen:
         runs: progress files by the label to show.
         rows: labels of work without rounds, the reference rows of a comparison.
         console: where to; the standard error by default.
+        at_work: the runs are at work already, and are shown from their last start on.
     """
 
     def __init__(
@@ -50,9 +51,12 @@ class Screen:
         runs: Mapping[str, Path],
         rows: Collection[str] = (),
         console: Console | None = None,
+        *,
+        at_work: bool = False,
     ) -> None:
         self.console = console or Console(stderr=True)
-        self._runs = {label: _Run(label, progress) for label, progress in runs.items()}
+        read = ProgressReader.of_session if at_work else ProgressReader
+        self._runs = {label: _Run(label, read(progress)) for label, progress in runs.items()}
         self._rows: dict[str, TaskID | None] = dict.fromkeys(rows)
         self._jobs = len(runs) + len(rows)
         self._rows_done = 0
@@ -221,9 +225,9 @@ class _Pace:
 class _Run:
     """What the events of one run add up to."""
 
-    def __init__(self, label: str, progress: Path) -> None:
+    def __init__(self, label: str, reader: ProgressReader) -> None:
         self.label = label
-        self.reader = ProgressReader(progress)
+        self.reader = reader
         self.bar: TaskID | None = None
         self.pace = _Pace()
         self.active, self.done = False, False
