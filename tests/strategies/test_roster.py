@@ -188,3 +188,53 @@ def test_a_message_that_flower_cannot_take_is_not_waited_for():
     assert list(exchange(FakeGrid({}), messages(404), 30.0)) == []
     assert list(exchange(FakeGrid({}), [], 30.0)) == []
     assert time.monotonic() - began < 1.0
+
+
+# Newcomers
+
+
+def test_a_newcomer_that_is_slow_to_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roster_module, "GRACE_SECONDS", 0.1)
+    grid = FakeGrid(nodes(("a", "b")))
+    roster = refreshed(grid)
+    grid.nodes[7] = lambda message: None
+    began = time.monotonic()
+    roster.refresh(grid, 2)
+    assert 0.1 < time.monotonic() - began < 5.0 and roster.names() == ["a", "b"]
+    roster.refresh(grid, 2)  # its answer is still waited for, and nothing is asked twice
+    assert asked(grid) == [100, 101, 7]
+
+
+def test_with_too_few_known_it_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roster_module, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(roster_module, "HELLO_SECONDS", 0.3)
+    grid = FakeGrid(nodes(("a",), c0=lambda message: None) | {7: lambda message: None})
+    began = time.monotonic()
+    Roster().refresh(grid, 2)
+    assert time.monotonic() - began > 0.3
+
+
+def test_a_client_of_ours_that_cannot_say_its_name_is_asked_again():
+    grid = FakeGrid({7: lambda message: Error(1, "its trainer is away"), 8: Client("b")})
+    roster = Roster(ours=True)
+    roster.refresh(grid)
+    assert roster.names() == ["b"]
+    grid.nodes[7] = Client("a")
+    roster.refresh(grid)
+    assert roster.names() == ["a", "b"] and asked(grid) == [7, 8, 7]
+
+
+def test_a_client_that_joins_takes_part_from_the_next_round_on():
+    grid = FakeGrid(nodes(("a", "b")))
+    seen = Seen()
+
+    def join(round: int, sampled: list[str]) -> None:
+        if round == 2:
+            grid.nodes[50] = Client("c")
+
+    seen.on_sampled = join  # type: ignore[method-assign]
+    AdapterStrategy(hooks=seen, clients=2, deadline=0.3, ours=True).start(
+        grid, ARRAYS, num_rounds=4
+    )
+    took_part = [sorted(outcome.reports) for outcome in seen.outcomes[1:]]
+    assert took_part == [["a", "b"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
