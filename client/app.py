@@ -7,13 +7,12 @@ cannot do it answers with a refusal that says why; the server counts it and goes
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.node import ADAPTERS, MEMORY, Node
+from client.node import ADAPTERS, Node, memory_of
 from client.received import keep
 from client.seat import RoundOfWork, Seat
 from fedgraft.adapter import to_arrays
@@ -36,7 +35,7 @@ def hello(message: Message, context: Context) -> Message:
     # Under privacy not even of which labels its data are.
     hidden = config.privacy.against_server
     description = "" if hidden else resident_task(config).describe(node.index)
-    answer = Hello(node.name, description, _memory(context))
+    answer = Hello(node.name, description, memory_of(context.node_config))
     return Message(answer.encode(), reply_to=message)
 
 
@@ -110,14 +109,6 @@ def _evaluate(message: Message, context: Context) -> Reply:
     split = "test" if request.split == "test" else "validation"
     metrics = evaluate(seat.model, task, seat.adapter(), split, seat.node.index)
     return Reply(weight=metrics["examples"], metrics=metrics)
-
-
-def _memory(context: Context) -> int:
-    """Return this machine's bytes of memory, or what its node's config gives as "memory"."""
-    given = context.node_config.get(MEMORY)
-    if given is not None:
-        return int(given)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _refusal(error: FedGraftError) -> Reply:

@@ -6,6 +6,8 @@ It stands in `context.node_config`. A simulation gives the partition alone; a re
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,14 @@ class Node:
                 float(said.get(LIFETIME_DELTA, Limits.lifetime_delta)),
             ),
         )
+
+
+def memory_of(node_config: Mapping[str, object]) -> int:
+    """Return this machine's bytes of memory, or what its node's config gives as "memory"."""
+    given = node_config.get(MEMORY)
+    if given is not None:
+        return int(str(given))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def partition_of(context: Context, config: Config) -> int:

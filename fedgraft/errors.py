@@ -68,7 +68,7 @@ class PolicyError(FedGraftError):
     """A request that a client's own policy forbids; the message names client and clause."""
 
 
-class StoppedError(FedGraftError):
+class StoppedError(Exception):
     """Work that was given up since nobody waits for its result any more."""
 
 

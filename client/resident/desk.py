@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
 from client.app import app
+from client.node import memory_of
 from client.policy import DESCRIPTION, EXAMPLES, MEMORY, Policy, RoundsBegun
 from client.resident.orders import Asked, decode, encode
 from client.resident.own import Own
@@ -91,14 +92,12 @@ class Desk:
 
     def _hello(self, asked: Asked, policy: Policy) -> RecordDict:
         """Say who this is, and of its data and machine what the policy allows."""
-        hello = Hello(self.own.name)
-        if not (policy.allows(DESCRIPTION) or policy.allows(MEMORY)):
-            return hello.encode()
-        policy.check_run(self.own.name, asked.config)
+        memory = memory_of({}) if policy.allows(MEMORY) else 0
+        description = ""
         if policy.allows(DESCRIPTION):
-            hello = Hello.decode(self._handle(asked, policy))
-        memory = hello.memory if policy.allows(MEMORY) else 0
-        return Hello(self.own.name, hello.description, memory).encode()
+            policy.check_run(self.own.name, asked.config)
+            description = Hello.decode(self._handle(asked, policy)).description
+        return Hello(self.own.name, description, memory).encode()
 
     def _refusal(self, order: Order, reason: str) -> RecordDict:
         """Say no; to the question who this is there is always an answer."""

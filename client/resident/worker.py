@@ -103,7 +103,7 @@ class Worker:
             with stopping_when(lambda: self._stopping or job.given_up.is_set()):
                 job.answer = self.desk.answer(job.order)
         except StoppedError as error:
-            log.warning("stopped: %s", error.message)
+            log.warning("stopped: %s", error)
         finally:
             with self._changed:
                 self._job = None

@@ -65,9 +65,9 @@ class Limits:
         found = epsilon(releases, self.lifetime_delta)
         if found > limit or (not more and found == limit):
             amount = f"{found:.4g}" if math.isfinite(found) else "more than any number"
-            verb = "would bring it to" if more else "is at"
+            verb = "this round would bring epsilon to" if more else "epsilon is at"
             raise PolicyError(
-                f"policy of client {self.owner}, lifetime-epsilon: this round {verb} {amount}, "
+                f"policy of client {self.owner}, lifetime-epsilon: {verb} {amount}, "
                 f"and {limit:g} is all that these data may ever spend",
                 "Add noise, take fewer rounds, or go on without this client.",
             )
