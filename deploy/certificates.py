@@ -191,10 +191,9 @@ def read_key_file(path: Path) -> bytes:
     except FileNotFoundError:
         raise ConfigError(f"there is no {path}", _REMEDY) from None
     except PermissionError:
-        owner = path.stat().st_uid if os.access(path.parent, os.X_OK) else "its owner"
         raise ConfigError(
             f"{path} may not be read by this user",
-            f"Run as user {owner}, or give the file to this one: chown {os.getuid()} {path}",
+            f"Run as the folder's owner, or give it to this user: chown -R {os.geteuid()} ...",
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", _REMEDY) from None

@@ -6,13 +6,14 @@ import base64
 import http.client
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -369,23 +370,24 @@ def test_expired_soon_to_expire_and_missing_certificates(
     refused(written, "crl.pem", "fedgraft keys")
 
 
-def test_a_key_that_may_not_be_read(written: Path, tmp_path: Path):
-    if os.geteuid() != 0:
-        (Keys(ServerConfig.load(written).keys).server / "server.key").chmod(0)
-        refused(written, "may not be read by this user", "Run as user")
-        return
-    keys = Keys(ServerConfig.load(written).keys)
-    code = (
-        "import os, sys; from pathlib import Path; from deploy.keys import Keys;"
-        "from deploy.server import check_certificates; keys = Keys(Path(sys.argv[1]));"
-        "os.seteuid(65534); check_certificates(keys)"
-    )
-    for folder in (keys.folder, *keys.folder.parents[:3]):
+def test_a_key_that_may_not_be_read():
+    need_nginx()
+    folder = Path(tempfile.mkdtemp())  # where pytest's own are, no other user may look
+    try:
         folder.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(keys.folder)], capture_output=True, text=True
-    )
-    assert "server.key may not be read by this user" in done.stderr
+        path = write_server(folder)
+        keys = Keys(ServerConfig.load(path).keys)
+        if os.geteuid() != 0:
+            (keys.server / "server.key").chmod(0)
+            refused(path, "server.key may not be read by this user", "Run as the folder's owner")
+            return
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        try:
+            refused(path, "server.key may not be read by this user", "Run as the folder's owner")
+        finally:
+            os.seteuid(0)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_wrong_usage(tmp_path: Path, written: Path):
