@@ -32,7 +32,7 @@ from deploy.server import check_certificates, check_port
 from deploy.server_config import ServerConfig
 from fedgraft.config import Config
 from fedgraft.devices import pick_device
-from fedgraft.errors import FedGraftError
+from fedgraft.errors import ConfigError, FedGraftError
 from fedgraft.logs import hushed
 from fedgraft.memory_estimate import advice, estimate
 from fedgraft.nodes import nodes_of
@@ -104,7 +104,11 @@ def examine_client(client: ClientConfig, against: Config | None) -> list[Finding
         config = Config().with_overrides({"federation.clients": own.partitions})
     else:
         asked = config
-        findings += _tried("policy against the config", lambda: _policy_allows(client, asked))
+        findings += _tried(
+            "policy against the config",
+            lambda: _policy_allows(client, asked),
+            f"Change the run's config, or the clause in {client.policy}.",
+        )
     try:
         mine = own.config(config)
     except FedGraftError as error:
@@ -112,12 +116,13 @@ def examine_client(client: ClientConfig, against: Config | None) -> list[Finding
     return [*findings, *_work(mine, lambda: _own_data(mine, own), client.policy)]
 
 
-def _tried(subject: str, look: Callable[[], str]) -> Iterable[Finding]:
+def _tried(subject: str, look: Callable[[], str], remedy: str = "") -> Iterable[Finding]:
+    """Look, and take an error for what is wrong; `remedy` serves one that brings none."""
     try:
         with hushed():
             text = look()
     except FedGraftError as error:
-        yield Finding(subject, "wrong", error.message, error.remedy)
+        yield Finding(subject, "wrong", error.message, error.remedy or remedy)
     else:
         yield Finding(subject, "good", text)
 
@@ -168,7 +173,8 @@ def _work(config: Config, data: Callable[[], str], policy: Path | None) -> Itera
     yield from memory
     if any(finding.verdict == "wrong" for finding in memory):
         return  # and is not loaded
-    yield from _tried("base", lambda: _base(config, policy))
+    listed = "Let model.base name a base of the policy's list, or add this hash to it."
+    yield from _tried("base", lambda: _base(config, policy), listed)
 
 
 def _memory(config: Config) -> Iterable[Finding]:
@@ -199,6 +205,12 @@ def _held_out(config: Config) -> str:
 
 
 def _own_data(config: Config, own: Own) -> str:
+    if own.partition is not None and own.partitions != config.federation.clients:
+        raise ConfigError(
+            f"the run deals its data to {config.federation.clients} clients (federation.clients), "
+            f"and this one holds a part of {own.partitions}",
+            "Let federation.clients and partitions in client.toml be the same.",
+        )
     task = resident_task(config)
     return f"{len(task.train(own.partition or 0))} training examples"
 
