@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from fedgraft.files import disk_errors, write_json
 
 OWN = "fedgraft"
 """The name under which the supervisor itself writes into the log."""
-_TICK = 0.05
+_TICK, _MEANWHILE_SECONDS = 0.05, 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STEADY_SECONDS = 60.0
 """A part that ran this long has recovered: its next pause is the first one again."""
@@ -51,6 +52,7 @@ class Part:
         ready_seconds: how long it may take to answer; then it is killed and started again.
         user: the Unix user that it runs as, with that user's main group only; None: our own.
         before: called before every start, to remove a stale socket, say.
+        hides: lines in which this is found are left out of the log.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Part:
     ready_seconds: float = 60.0
     user: str | None = None
     before: Callable[[], None] = lambda: None
+    hides: re.Pattern[str] | None = None
 
 
 def listens(port: int, host: str = "127.0.0.1") -> Callable[[], bool]:
@@ -113,11 +116,16 @@ class Supervisor:
         """Ask `run` to stop everything and return; asked twice, it kills instead of waiting."""
         self._asked += 1
 
-    def run(self, when_ready: Callable[[], None] = lambda: None) -> None:
+    def run(
+        self,
+        when_ready: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start all parts and keep them running until SIGTERM, Ctrl-C or `stop`.
 
         Args:
             when_ready: called once, when all are ready.
+            meanwhile: called five times a second after that; it must not take long.
 
         Raises:
             RunError: a part ended, or did not answer in time, before it was ready for the first
@@ -130,8 +138,12 @@ class Supervisor:
                     self._bring_up(seat)
                 if not self._asked:
                     when_ready()
+                due = 0.0
                 while not self._asked:
                     self._tick()
+                    if time.monotonic() >= due:
+                        meanwhile()
+                        due = time.monotonic() + _MEANWHILE_SECONDS
                     time.sleep(_TICK)
             finally:
                 self._stop_all()
@@ -248,6 +260,8 @@ class Supervisor:
         with process.stdout as lines:
             for line in lines:
                 text = line.decode(errors="replace").rstrip()
+                if seat.part.hides is not None and seat.part.hides.search(text):
+                    continue
                 if text:
                     seat.last.append(text)
                 self._log.write(seat.part.name, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -79,8 +80,9 @@ def kept(folder: Path, *parts: Part) -> Iterator[Supervisor]:
 
 
 def test_parts_start_in_order_and_stop_in_reverse(tmp_path: Path):
-    code = "print('\\x1b[92mhello\\x1b[0m'); ready(); " + WAIT
-    with kept(tmp_path, part(tmp_path, "first", code), part(tmp_path, "second", code)):
+    code = "print('\\x1b[92mhello\\x1b[0m'); print('[notice] x'); ready(); " + WAIT
+    first = part(tmp_path, "first", code, hides=re.compile(r"\[notice\]"))
+    with kept(tmp_path, first, part(tmp_path, "second", code)):
         state = running(tmp_path)
         assert [(s["starts"], s["ready"]) for s in state.values()] == [(1, True)] * 2
     lines = [line.split(maxsplit=2)[2] for line in log(tmp_path).splitlines()]
@@ -94,6 +96,7 @@ def test_parts_start_in_order_and_stop_in_reverse(tmp_path: Path):
         "first stopped",
     ]
     assert "first      hello" in lines and "second     hello" in lines
+    assert "first      [notice] x" not in lines and "second     [notice] x" in lines
     assert not (tmp_path / "parts.json").exists()
     assert not any(alive(one["pid"]) for one in state.values())
 
