@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -14,10 +10,9 @@ from client.policy import Policy
 from deploy.client_config import DEFAULT_SERVER, ClientConfig, write_example
 from deploy.client_parts import parts
 from deploy.isolation import prepare
+from deploy.lock import only_one
 from deploy.merged_log import MergedLog
 from deploy.supervisor import OWN, Supervisor
-from fedgraft.errors import ConfigError, RunError
-from fedgraft.files import disk_errors
 
 
 @click.command()
@@ -79,7 +74,7 @@ def _run(file: Path) -> None:
     config = ClientConfig.load(file)
     Policy.load(config.policy)
     name = config.client
-    with _held(config):
+    with only_one(config.lock, "client"):
         prepare(config)
         log = MergedLog(config.log, screen=True)
         try:
@@ -94,28 +89,3 @@ def _run(file: Path) -> None:
             supervisor.run(when_ready=lambda: log.write(OWN, ready))
         finally:
             log.close()
-
-
-@contextmanager
-def _held(config: ClientConfig) -> Iterator[None]:
-    """Hold the state folder, so that no two clients work in it.
-
-    Raises:
-        RunError: another one does.
-        ConfigError: the folder is a file.
-    """
-    if config.state.exists() and not config.state.is_dir():
-        raise ConfigError(f"state is {config.state}, which is no folder", "Name another one.")
-    with disk_errors(config.lock):
-        config.state.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(config.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another client is at work in {config.state}", "End it, or name another state."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)

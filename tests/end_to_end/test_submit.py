@@ -84,7 +84,7 @@ SMALL = [
     word
     for setting in (
         *("train.steps=2", "train.batch-size=8", "model.device=cpu", "threads=1"),
-        *("evaluate.clients=false", "adapter.rank=64"),
+        *("evaluate.clients=false", "adapter.rank=64", "federation.rounds=2"),
     )
     for word in ("--set", setting)
 ]
@@ -185,12 +185,9 @@ def test_the_printed_lines_end_with_the_simulations_adapter_on_every_client(
 
     told = json.loads(call("status", "--to", "server.toml", "--json").out)
     assert {c["name"]: c["state"] for c in told["clients"]} == dict.fromkeys("012", "idle")
-    assert (told["run"]["state"], told["run"]["round"], told["run"]["rounds"]) == (
-        "completed",
-        3,
-        3,
-    )
-    assert told["run"]["bytes_up"] >= summary["bytes_up"]
+    run = told["run"]
+    assert (run["state"], run["round"], run["rounds"]) == ("completed", 2, 2)
+    assert run["bytes_up"] >= summary["bytes_up"]
     assert told["parts"]["superlink"]["ready"] and told["parts"]["gateway"]["ready"]
 
     checked = json.loads(call("doctor", "--server", "server.toml", "--json").out)
@@ -216,21 +213,21 @@ def test_killed_server_app_and_superlink_lose_no_finished_round(
         )
     try:
         progress = federation.folder / "killed" / "progress.jsonl"
-        until(lambda: _sampled(progress, 2), "round 2")
+        until(lambda: _sampled(progress, 1), "round 1")
         (server_app,) = _server_apps(federation)
         server_app.kill()
-        until(lambda: _sampled(progress, 3), "round 3")
+        until(lambda: _sampled(progress, 2), "round 2")
         psutil.Process(federation.parts()["superlink"]["pid"]).kill()
         assert submit.wait(WAIT_SECONDS) == 0, said.read_text()
     finally:
         submit.kill()
         submit.wait()
     text = said.read_text()
-    assert "the ServerApp died; trying again after round 1" in text
-    assert "trying again after round 2" in text
+    assert "the ServerApp died; trying again after round 0" in text
+    assert "trying again after round 1" in text
     killed = federation.folder / "killed"
     rounds = [json.loads(line) for line in (killed / "rounds.jsonl").read_text().splitlines()]
-    assert [record["round"] for record in rounds] == [0, 1, 2, 3]
+    assert [record["round"] for record in rounds] == [0, 1, 2]
     assert all(len(record["clients"]) == 3 for record in rounds[1:])
     assert furthest(killed / "adapter", simulated / "adapter") <= 1e-5
 
