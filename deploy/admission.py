@@ -138,7 +138,7 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def wait_for_server(keys: Keys, seconds: float = 15.0) -> bool:
+def wait_for_server(keys: Keys, seconds: float = 30.0) -> bool:
     """Wait until the server that runs with these keys has taken them in; False where none runs.
 
     Raises:

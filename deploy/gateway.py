@@ -36,7 +36,7 @@ _MISSING = "nginx is not installed"
 _RELOAD_SECONDS = 10.0
 _INSTALL = "Install it: apt-get install nginx (Debian, Ubuntu), dnf install nginx (Fedora)."
 _NOISE = re.compile(
-    r"\[notice\]|closed keepalive connection"
+    r"\[notice\]|closed keepalive connection|while sending to client"
     # these three have a line of their own, with the client's name
     r"|no required SSL certificate|SSL certificate verify error|plain HTTP request to HTTPS port"
 )
@@ -92,6 +92,7 @@ http {{
   upstream superlink {{
     server 127.0.0.1:{superlink};
     keepalive 16;
+    keepalive_timeout 3s;  # shorter than the SuperLink's 5 s, which must not hang up first
   }}
 
   server {{

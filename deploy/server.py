@@ -25,6 +25,7 @@ from fedgraft.files import disk_errors
 
 _ACCESS_LOG_BYTES, _ACCESS_LOGS_KEPT = 100 * 2**20, 5
 _DAY = 86400.0
+_GRACE_SECONDS = 10.0
 
 
 def serve(config: ServerConfig, screen: bool = True) -> None:
@@ -43,8 +44,7 @@ def serve(config: ServerConfig, screen: bool = True) -> None:
     gateway.find_nginx()
     check_certificates(keys)
     with only_one(config.lock, "server"):
-        check_port(config.host, config.port, "listen")
-        check_port("127.0.0.1", config.superlink_port, "superlink-port")
+        check_ports(config)
         with disk_errors(config.state):
             config.state.chmod(0o700)  # the database, and what runs leave behind
             gateway.folder_of(config).mkdir(exist_ok=True)
@@ -92,6 +92,27 @@ def check_certificates(keys: Keys) -> list[str]:
             remedy = f"fedgraft keys client {client.name} --dir {keys.folder} --renew"
             warnings.append(f"the certificate of client {client.name} {told}. Renew it: {remedy}")
     return warnings
+
+
+def check_ports(config: ServerConfig) -> None:
+    """Check that both ports can be listened on.
+
+    Where the last server here was killed, what ends its parts may still be at work: some seconds
+    are granted.
+
+    Raises:
+        ConfigError: see `check_port`.
+    """
+    limit = time.monotonic() + (_GRACE_SECONDS if config.parts.exists() else 0.0)
+    while True:
+        try:
+            check_port(config.host, config.port, "listen")
+            check_port("127.0.0.1", config.superlink_port, "superlink-port")
+            return
+        except ConfigError:
+            if time.monotonic() >= limit:
+                raise
+        time.sleep(0.1)
 
 
 def check_port(host: str, port: int, key: str) -> None:

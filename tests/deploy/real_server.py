@@ -29,7 +29,7 @@ from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
 
 
-def until(check: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> Any:
+def until(check: Callable[[], Any], seconds: float = 90.0, what: str = "it") -> Any:
     """Wait until a check gives something true, and return that."""
     limit = time.monotonic() + seconds
     while not (value := check()):
@@ -158,7 +158,7 @@ def real_server(path: Path) -> Iterator[RealServer]:
         return config.log.exists() and "the server is ready" in server.log()
 
     try:
-        until(ready, 90.0, "the server's start")
+        until(ready, 180.0, "the server's start")
         yield server
     finally:
         if process.poll() is None:

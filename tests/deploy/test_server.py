@@ -14,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -26,9 +27,10 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, Pul
 from flwr.proto.node_pb2 import Node
 from real_server import RealServer, alive, need_nginx, real_server, until, write_server
 
+from deploy import server as server_module
 from deploy.certificates import issue_client, issue_server, make_authority, read_issued
 from deploy.keys import Keys
-from deploy.server import check_certificates
+from deploy.server import check_certificates, check_ports
 from deploy.server_config import ServerConfig
 from fedgraft.errors import ConfigError
 from fedgraft.flower import CONNECTION, flower_environment
@@ -332,6 +334,22 @@ def test_a_port_that_is_taken(written: Path, key: str):
         taken.bind(("127.0.0.1", config.port if key == "listen" else config.superlink_port))
         taken.listen()
         refused(written, f"{key}: 127.0.0.1:", f"process {os.getpid()}, ")
+
+
+def test_what_a_killed_server_left_is_given_time_to_end(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server_module, "_GRACE_SECONDS", 0.5)
+    config = ServerConfig.load(written)
+    config.state.mkdir()
+    config.parts.write_text("{}")
+    with socket.socket() as left:
+        left.bind(("127.0.0.1", config.port))
+        left.listen()
+        with pytest.raises(ConfigError, match="listen: "):
+            check_ports(config)
+        monkeypatch.setattr(time, "sleep", lambda seconds: left.close())
+        check_ports(config)
 
 
 def test_an_address_of_another_machine(written: Path):
