@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 CLIENT_APP = "client.relay:app"
 """What SuperNodes start for a message: it hands it to the client's resident trainer."""
 _POLL_SECONDS, _ASK_SECONDS = 0.1, 1.0
+_SERVER_SECONDS = 60.0
+"""How long a server that was started just before may take to answer."""
 _END_SECONDS = 90.0
 """How long a ServerApp may take to notice that its run is over."""
 _LONGEST_PAUSE = 30.0
@@ -192,7 +194,8 @@ class Submission:
             RunError: they are not online within federation.deadline, unless patient.
         """
         least = self.config.federation.min_clients
-        end = time.monotonic() + self.config.federation.deadline
+        began = time.monotonic()
+        end = began + self.config.federation.deadline
         told = ""
         while True:
             invited = sorted(Keys(self.server.keys).invited(), key=natural_order)
@@ -206,9 +209,9 @@ class Submission:
             try:
                 online = self.online()
             except RunError as error:
-                if not patient:
+                if not patient and time.monotonic() - began > _SERVER_SECONDS:
                     raise
-                text = error.message
+                text = f"Waiting: {error.message}"
             else:
                 there = [name for name in invited if name in online]
                 if len(there) >= least:

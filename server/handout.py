@@ -37,7 +37,13 @@ class Handout:
 
 
 def hand_out(
-    grid: Grid, roster: Roster, adapter: Path, lineage: str, silence: float = SILENCE_SECONDS
+    grid: Grid,
+    roster: Roster,
+    adapter: Path,
+    lineage: str,
+    *,
+    enough: int,
+    silence: float = SILENCE_SECONDS,
 ) -> Handout:
     """Send an adapter folder to every client that is there.
 
@@ -46,9 +52,10 @@ def hand_out(
         roster: knows the clients by name; asked anew for who is there now.
         adapter: the PEFT folder.
         lineage: the run's id.
+        enough: with so many clients known, nobody's name is waited for long.
         silence: seconds without any reply after which the missing ones are given up.
     """
-    roster.refresh(grid, 0)
+    roster.refresh(grid, enough)
     names = roster.names()
     arrays = to_arrays(read_tensors(adapter / WEIGHTS)[0])
     settings, card = ((adapter / name).read_text() for name in (SETTINGS, CARD))

@@ -405,7 +405,9 @@ class FederatedRun(RoundHooks):
 
         In a simulation the run directory is the clients', too.
         """
-        found = hand_out(grid, self.roster, self.directory.adapter, self.lineage)
+        enough = self.config.federation.min_clients
+        adapter = self.directory.adapter
+        found = hand_out(grid, self.roster, adapter, self.lineage, enough=enough)
         self.progress.write(HANDED_OUT, kept=len(found.kept), missed=found.missed)
         return {
             "adapter_kept_by": len(found.kept) if self._keeps_back else found.kept,

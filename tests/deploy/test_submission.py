@@ -202,6 +202,20 @@ def test_it_does_not_wait_for_ever(scene: Any, tmp_path: Path) -> None:
     assert here.runs.apps == []
 
 
+def test_a_server_that_is_not_there_is_given_a_moment(
+    scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = scene(finishes)
+    here.runs.away = True
+    threading.Timer(0.2, lambda: setattr(here.runs, "away", False)).start()
+    here.submission(tmp_path / "run").run()
+    assert here.said == ["Waiting: the SuperLink does not answer"]
+    monkeypatch.setattr(submission, "_SERVER_SECONDS", 0.1)
+    here.runs.away = True
+    with pytest.raises(RunError, match="does not answer"):
+        here.submission(tmp_path / "other").run()
+
+
 def test_more_clients_than_are_invited_are_not_waited_for(scene: Any, tmp_path: Path) -> None:
     here = scene()
     keys = {"federation.min-clients": 4, "federation.clients": 4}

@@ -26,13 +26,23 @@ from deploy.gateway import find_nginx
 from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
 
-PAGE = Path(__file__).parents[2] / "docs" / "submitting.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "submitting.md"]
 WAIT_SECONDS = 300.0
+
+
+def printed(page: Path) -> str:
+    (block,) = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return str(block)
+
+
+def test_readme_and_page_print_the_same_lines() -> None:
+    assert printed(PAGES[0]) == printed(PAGES[1])
 
 
 def shell_lines() -> list[list[str]]:
     """The block's commands, loops unrolled, as lists of words; a last "&" stays."""
-    block = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    block = printed(PAGES[0])
     lines = []
     for line in block.splitlines():
         loop = re.fullmatch(r"for k in ([\d ]+); do (.*?);? done", line)

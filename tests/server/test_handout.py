@@ -50,7 +50,7 @@ def test_who_keeps_it_and_who_does_not_is_told(adapter: Path) -> None:
         Keeper("mute", None),
     ]
     grid = FakeGrid(dict(enumerate(clients, start=100)))
-    found = hand_out(grid, Roster(ours=True), adapter, "abc", silence=0.2)
+    found = hand_out(grid, Roster(ours=True), adapter, "abc", enough=0, silence=0.2)
     assert found.kept == ["2", "10"]
     assert found.missed == {"bad": "no room", "dead": "killed", "mute": "no reply"}
     assert found.bytes_down == 5 * len(clients[0].given[0].arrays[A].data)
@@ -59,5 +59,5 @@ def test_who_keeps_it_and_who_does_not_is_told(adapter: Path) -> None:
 
 
 def test_a_federation_that_has_left_is_no_error(adapter: Path) -> None:
-    found = hand_out(FakeGrid({}), Roster(ours=True), adapter, "abc", silence=0.2)
+    found = hand_out(FakeGrid({}), Roster(ours=True), adapter, "abc", enough=0, silence=0.2)
     assert (found.kept, found.missed, found.bytes_down) == ([], {}, 0)
