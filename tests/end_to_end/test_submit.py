@@ -28,7 +28,7 @@ from fedgraft.flower import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "submitting.md"]
-WAIT_SECONDS = 300.0
+WAIT_SECONDS = 900.0
 
 
 def printed(page: Path) -> str:
@@ -171,7 +171,7 @@ def furthest(one: Path, other: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_the_printed_lines_end_with_the_simulations_adapter_on_every_client(
     federation: Federation, simulated: Path
 ) -> None:
@@ -209,7 +209,7 @@ def test_the_printed_lines_end_with_the_simulations_adapter_on_every_client(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_killed_server_app_and_superlink_lose_no_finished_round(
     federation: Federation, simulated: Path
 ) -> None:
