@@ -172,7 +172,8 @@ def test_private_training_leaves_a_ledger_on_each_client_until_a_policy_ends_it(
     federation: Federation,
 ) -> None:
     """Client 1's policy has room for one more round of training, and is refused by name."""
-    begun = len(json.loads((federation.kept("1") / "rounds.json").read_text()))
+    counted = federation.kept("1") / "rounds.json"
+    begun = len(json.loads(counted.read_text())) if counted.exists() else 0
     federation.policy("1", f"rounds-per-day = {begun + 1}")
     private = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0}
     reset = {"train.optimizer-state": "reset"}
