@@ -124,6 +124,11 @@ class ClientConfig(Group):
         return self.state / "node"
 
     @property
+    def node_keys(self) -> Path:
+        """The SuperNode's copy of the client's keys, where it is a user of its own."""
+        return self.state / "node-keys"
+
+    @property
     def log(self) -> Path:
         """The readable log of all parts."""
         return self.state / "log" / "client.log"

@@ -37,7 +37,7 @@ def _trainer(config: ClientConfig, file: Path) -> Part:
     return Part(
         name=TRAINER,
         command=[
-            *_as(config.trainer_user),
+            *as_user(config.trainer_user),
             *(sys.executable, "-m", "deploy.trainer", str(file.resolve())),
         ],
         ready=lambda: _answers(config.socket),
@@ -66,24 +66,29 @@ def _node(config: ClientConfig) -> Part:
     if config.keys is None:
         options.append("--insecure")
     else:
-        keys = config.node / "keys" if config.two_users else config.keys
+        keys = config.node_keys if config.two_users else config.keys
         environment[supernode.CERTIFICATE] = str(keys / "client.crt")
         environment[supernode.KEY] = str(keys / "client.key")
         options += ["--root-certificates", str(keys / "ca.crt")]
         options += ["--auth-supernode-private-key", str(keys / "node")]
     return Part(
         name=NODE,
-        command=[*_as(config.node_user), sys.executable, "-m", "deploy.supernode", *options],
+        command=[*as_user(config.node_user), sys.executable, "-m", "deploy.supernode", *options],
         ready=listens(port),
         environment=environment,
         folder=config.node,
     )
 
 
-def _as(user: str | int | None) -> list[str]:
+def as_user(user: str | int | None) -> list[str]:
+    """Return what starts a command as a Unix user; nothing for our own.
+
+    It begins as root in a folder that the user may write to: -P keeps Python from importing what
+    lies there.
+    """
     if user is None:
         return []
-    return [sys.executable, "-m", "deploy.as_user", *map(str, user_and_group(user))]
+    return [sys.executable, "-P", "-m", "deploy.as_user", *map(str, user_and_group(user))]
 
 
 def _answers(path: Path) -> bool:

@@ -43,30 +43,40 @@ def prepare(config: ClientConfig) -> None:
         )
     with disk_errors(config.state):
         config.state.chmod(0o711)  # to be passed through, not listed
-        _give(config.kept, trainer)
-        _give(config.node, node)
+        for path in (config.kept, *config.kept.rglob("*")):
+            os.chown(path, *trainer, follow_symlinks=False)
+        _renew(config.node, node)
         # The trainer makes the socket there; the SuperNode's group passes to it, and nobody else.
         os.chown(config.socket.parent, trainer[0], node[1])
         config.socket.parent.chmod(0o710)
         if config.keys is not None:
-            _copy_keys(config.keys, config.node / "keys", node)
+            copy_keys(config.keys, config.node_keys, node[1])
     _check(config, trainer, node)
 
 
-def _give(folder: Path, owner: tuple[int, int]) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, *owner, follow_symlinks=False)
+def _renew(folder: Path, owner: tuple[int, int]) -> None:
+    """Give the SuperNode's user its folder: an empty one, where another user had it.
+
+    What is in there is never touched one by one: it may be links that lead elsewhere.
+    """
+    if folder.stat().st_uid != owner[0]:
+        shutil.rmtree(folder)
+        folder.mkdir(0o700)
+        os.chown(folder, *owner)
 
 
-def _copy_keys(source: Path, target: Path, owner: tuple[int, int]) -> None:
+def copy_keys(source: Path, target: Path, group: int) -> None:
+    """Copy what the SuperNode needs of the keys to a folder that its group may read, not change."""
     target.mkdir(exist_ok=True)
+    os.chown(target, -1, group)
+    target.chmod(0o750)
     for name in NODE_KEYS:
         copy = target / name
         copy.unlink(missing_ok=True)
-        shutil.copyfile(source / name, copy)
-        copy.chmod(0o400)
-    target.chmod(0o700)
-    _give(target, owner)
+        copy.touch(0o400)
+        copy.write_bytes((source / name).read_bytes())
+        os.chown(copy, -1, group)
+        copy.chmod(0o440)
 
 
 def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import ssl
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,10 +41,3 @@ def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
     assert presented == [(str(keys / "client.crt"), "key")]
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata="x")
     assert len(presented) == 1
-
-
-def test_it_takes_flowers_own_options() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.supernode", "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--auth-supernode-private-key" in done.stdout

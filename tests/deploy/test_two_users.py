@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from deploy.client_config import ClientConfig
-from deploy.isolation import prepare, readable
+from deploy.client_parts import as_user
+from deploy.isolation import NODE_KEYS, copy_keys, prepare, readable
 from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
 
@@ -77,6 +78,33 @@ def test_what_the_trainer_cannot_read_is_named(folder: Path):
     os.chown(folder / "rows.jsonl", 0, 0)
     with pytest.raises(ConfigError, match=f"trainer-user {TRAINER} cannot read .*rows.jsonl"):
         prepare(ClientConfig.load(folder / "client.toml"))
+
+
+@root
+def test_the_supernode_reads_its_keys_and_cannot_change_them(folder: Path):
+    (folder / "keys").mkdir(0o700)
+    for name in NODE_KEYS:
+        (folder / "keys" / name).write_text(name)
+        (folder / "keys" / name).chmod(0o600)
+    for _ in range(2):  # at every start
+        copy_keys(folder / "keys", folder / "copies", NODE)
+    copies = [folder / "copies" / name for name in NODE_KEYS]
+    assert readable(NODE, NODE, copies) == copies and readable(TRAINER, TRAINER, copies) == []
+    assert copies[0].read_text() == NODE_KEYS[0]
+    for path in (folder / "copies", *copies):
+        assert path.stat().st_uid == 0 and path.stat().st_mode & 0o022 == 0
+
+
+@root
+def test_nothing_that_the_supernode_left_in_its_folder_runs_as_root(folder: Path):
+    (folder / "ctypes.py").write_text("raise SystemExit(3)\n")
+    (folder / "deploy").mkdir()
+    (folder / "deploy" / "as_user.py").write_text("raise SystemExit(4)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*as_user(NODE), "id", "-u"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"{NODE}\n"), done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may start two users' processes")
