@@ -33,9 +33,9 @@ def client(
     """Take part in a federation with the data of this machine.
 
     \b
-    Try:  fedgraft client --init client.toml --keys KEYS/clients/0 --partition 0
-          fedgraft client --config client.toml
+    Example: fedgraft client --config client.toml
 
+    Write that file first: fedgraft client --init client.toml --keys KEYS/clients/NAME.
     It starts the resident trainer, which holds base and data, and Flower's SuperNode, which speaks
     to the server; restarts what dies; and stops on SIGTERM or Ctrl-C.
     """
