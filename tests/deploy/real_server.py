@@ -164,6 +164,6 @@ def real_server(path: Path) -> Iterator[RealServer]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.communicate(timeout=30)
+            process.communicate(timeout=90)
         finally:
             process.kill()  # its leash ends the rest
