@@ -14,6 +14,7 @@ from cryptography.x509.oid import NameOID
 
 from client.policy import Policy
 from deploy.client_config import ClientConfig, user_and_group, write_example
+from fedgraft.config import known_keys
 from fedgraft.errors import ConfigError
 
 WHOLE = """
@@ -134,3 +135,9 @@ def test_examples_are_valid(tmp_path: Path) -> None:
     own = ClientConfig.load(tmp_path / "own.toml")
     assert own.data.path == tmp_path / "data.jsonl" and own.server == "gate:1"
     assert Policy.load(own.policy).bases is None
+
+
+def test_every_key_and_clause_is_on_the_clients_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+    for key in (*known_keys(ClientConfig), *known_keys(Policy)):
+        assert f"`{key}`" in page, key

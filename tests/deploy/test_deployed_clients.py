@@ -44,7 +44,7 @@ RUN = {
 }
 
 
-def until(check: Callable[[], bool], what: str, seconds: float = 180.0) -> None:
+def until(check: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
