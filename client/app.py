@@ -6,32 +6,50 @@ cannot do it answers with a refusal that says why; the server counts it and goes
 
 from __future__ import annotations
 
-import os
+import logging
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.seat import RoundOfWork, Seat, partition_of
+from client.node import ADAPTERS, Node, memory_of
+from client.received import keep
+from client.seat import RoundOfWork, Seat
 from fedgraft.adapter import to_arrays
 from fedgraft.config import Config
-from fedgraft.errors import DiskFullError, FedGraftError, PrivacyError
+from fedgraft.deployed import is_deployed
+from fedgraft.errors import DataError, DiskFullError, FedGraftError, PrivacyError
 from fedgraft.generation import evaluate
-from fedgraft.messages import Hello, Reply, TrainRequest
+from fedgraft.messages import FinalAdapter, Hello, Reply, TrainRequest
 from fedgraft.resident_model import resident_task
 
 app = ClientApp()
+log = logging.getLogger(__name__)
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Answer with this client's name."""
     config = Config.from_run_config(context.run_config)
-    index = partition_of(context, config)
+    node = Node.of(context, config)
     # Under privacy not even of which labels its data are.
     hidden = config.privacy.against_server
-    description = "" if hidden else resident_task(config).describe(index)
-    answer = Hello(str(index), description, _memory(context))
+    description = "" if hidden else resident_task(config).describe(node.index)
+    answer = Hello(node.name, description, memory_of(context.node_config))
     return Message(answer.encode(), reply_to=message)
+
+
+@app.query("adapter")
+def keep_adapter(message: Message, context: Context) -> Message:
+    """Keep the adapter that a run has come to."""
+    folder = str(context.node_config.get(ADAPTERS) or Path.home() / ".fedgraft" / "adapters")
+    try:
+        path = keep(FinalAdapter.decode(message.content), Path(folder))
+        log.info("The final adapter of a run is in %s", path)
+        reply = Reply()
+    except FedGraftError as error:
+        reply = _refusal(error)
+    return Message(reply.encode(), reply_to=message)
 
 
 @app.train()
@@ -89,17 +107,13 @@ def _evaluate(message: Message, context: Context) -> Reply:
     seat = Seat.take(context, config, request, done=True)
     task = seat.task
     split = "test" if request.split == "test" else "validation"
-    metrics = evaluate(seat.model, task, seat.adapter(), split, seat.index)
+    metrics = evaluate(seat.model, task, seat.adapter(), split, seat.node.index)
     return Reply(weight=metrics["examples"], metrics=metrics)
 
 
-def _memory(context: Context) -> int:
-    """Return this machine's bytes of memory, or what its node's config gives as "memory"."""
-    given = context.node_config.get("memory")
-    if given is not None:
-        return int(given)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _refusal(error: FedGraftError) -> Reply:
+    if isinstance(error, DataError) and is_deployed():
+        # It may quote the data.
+        log.error("%s", error)
+        return Reply(refusal="this client's data do not fit the run; its own log says why")
     return Reply(refusal=f"{error.message} ({error.remedy})" if error.remedy else error.message)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgraft.devices import is_out_of_memory, release_memory
-from fedgraft.errors import RunError
+from fedgraft.errors import NO_MEMORY, RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.tasks.task import Batch, Examples, Task
 
@@ -69,7 +69,7 @@ class BatchGradient:
             release_memory(self._model.device)
             if size == 1:
                 raise RunError(
-                    f"there is not enough memory on {self._model.device} to train on one example",
+                    f"{NO_MEMORY} on {self._model.device} to train on one example",
                     "Lower task.max-length, set model.gradient-checkpointing, or quantise the base "
                     "(model.quantization).",
                 )

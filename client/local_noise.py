@@ -30,6 +30,7 @@ from fedgraft.errors import DIVERGED
 from fedgraft.privacy.account import Account
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
+from fedgraft.privacy.limits import NO_LIMITS, Limits
 from fedgraft.privacy.randomness import Randomness, add_noise, randomness
 from fedgraft.tasks.task import Task
 from strategies.local import LocalUpdate
@@ -57,7 +58,14 @@ class LocalNoise:
 
     @classmethod
     def pay(
-        cls, config: Config, task: Task, index: int, round: int, lineage: str, path: Path
+        cls,
+        config: Config,
+        task: Task,
+        index: int,
+        round: int,
+        lineage: str,
+        path: Path,
+        limits: Limits = NO_LIMITS,
     ) -> LocalNoise:
         """Record the round of partition `index` in its ledger, before anything is trained.
 
@@ -66,6 +74,7 @@ class LocalNoise:
 
         Raises:
             PrivacyError: it would spend more than the budget.
+            PolicyError: the owner of the data allows less.
             LedgerError: the ledger is damaged.
         """
         client, federation = str(index), config.federation
@@ -77,6 +86,7 @@ class LocalNoise:
             unit="client",
             relation="replace-one",
             sensitivity=SENSITIVITY,
+            limits=limits,
         )
         left = max(1, federation.rounds - round + 1)
         times = math.ceil(federation.fraction * left)

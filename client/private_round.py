@@ -13,6 +13,7 @@ from fedgraft.deployed import is_deployed
 from fedgraft.privacy.account import Account
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
+from fedgraft.privacy.limits import NO_LIMITS, Limits
 from fedgraft.privacy.randomness import Randomness, randomness
 from fedgraft.tasks.task import Task
 
@@ -49,7 +50,14 @@ class PrivateRound:
 
     @classmethod
     def open(
-        cls, config: Config, task: Task, index: int, round: int, lineage: str, path: Path
+        cls,
+        config: Config,
+        task: Task,
+        index: int,
+        round: int,
+        lineage: str,
+        path: Path,
+        limits: Limits = NO_LIMITS,
     ) -> PrivateRound:
         """Open the ledger for a round of partition `index`, the client of that name.
 
@@ -63,7 +71,9 @@ class PrivateRound:
             config,
             round,
             len(examples),
-            Account(Ledger(path), fingerprint_of(task, index), lineage, config.privacy),
+            Account(
+                Ledger(path), fingerprint_of(task, index), lineage, config.privacy, limits=limits
+            ),
             randomness(config, deployed, "private batches", round=round, client=client),
             randomness(config, deployed, "private noise", round=round, client=client),
         )
@@ -76,6 +86,7 @@ class PrivateRound:
 
         Raises:
             PrivacyError: it would spend more than the budget.
+            PolicyError: the owner of the data allows less.
             LedgerError: the ledger is damaged.
         """
         federation, batch_size = self.config.federation, self.config.train.batch_size

@@ -11,23 +11,21 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 from flwr.app import Context
 from torch import Tensor
 
 from client.gradient_sketch import gradient_sketches
 from client.local_noise import LocalNoise
+from client.node import Node
 from client.personal import PersonalStore
-from client.privacy_ledger import ledger_path
 from client.private_round import PrivateRound
 from client.trainer import Assignment, LocalResult, train
 from fedgraft.adapter import Adapter, Tensors, digest, from_arrays, parse_factor
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, PrivacyError, RunError, UpdateError
+from fedgraft.errors import PrivacyError, RunError, UpdateError
 from fedgraft.messages import CONSTANT, RESIDUAL, RULE, TrainRequest
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
-from fedgraft.run_directory import LEDGER_KEY, PERSONAL_KEY
 from fedgraft.tasks.task import Task
 from strategies.fitness import check_privacy
 from strategies.local import LocalUpdate, LocalWork, Trained, Training
@@ -47,7 +45,7 @@ class Seat:
     Attributes:
         config: the run's.
         request: what the server asks.
-        index: which partition of the data is this client's.
+        node: this client's place.
         task, model: the resident ones.
         rule: the run's.
         held: the adapter that the client holds, by tensor name, in the client's own rank.
@@ -55,12 +53,11 @@ class Seat:
         companions: what the rule sent beside the adapter, its constants included.
         kept: what was kept on this client in its last round, by prefix.
         store: where that lies.
-        ledger: the file of what its data have been asked under privacy.
     """
 
     config: Config
     request: TrainRequest
-    index: int
+    node: Node
     task: Task
     model: ResidentModel
     rule: Rule
@@ -69,7 +66,6 @@ class Seat:
     companions: Tensors
     kept: Tensors
     store: PersonalStore
-    ledger: Path
 
     @classmethod
     def take(cls, context: Context, config: Config, request: TrainRequest, *, done: bool) -> Seat:
@@ -86,7 +82,7 @@ class Seat:
             UpdateError: another base, another A, or an adapter that is not whole.
             RunError: what this client kept is damaged.
         """
-        index = partition_of(context, config)
+        node = Node.of(context, config)
         task = resident_task(config)
         model = resident_model(task, config)
         if request.base_hash and request.base_hash != model.base_hash:
@@ -96,7 +92,7 @@ class Seat:
                 "Let model.base and model.revision name the same weights on both.",
             )
         rule = _rule(config)
-        store = _personal_store(context, request, str(index))
+        store = PersonalStore(node.personal, request.lineage or str(context.run_id), node.name)
         kept = store.load(request.round + int(done), request.counted) or {}
         beside = from_arrays(request.companions) if request.companions is not None else {}
         constants = _constants(request, beside, kept)
@@ -108,10 +104,9 @@ class Seat:
         held = rule.assemble(received, companions, _under(RULE, kept))
         _check_whole(held, model)
         residual = _under(RESIDUAL, beside) | fixed
-        ledger = ledger_path(str(context.run_config.get(LEDGER_KEY) or ""), str(index))
         return cls(
-            *(config, request, index, task, model, rule),
-            *(held, residual, companions, kept, store, ledger),
+            *(config, request, node, task, model, rule),
+            *(held, residual, companions, kept, store),
         )
 
     def adapter(self, tensors: Tensors | None = None) -> Adapter:
@@ -144,7 +139,8 @@ class RoundOfWork:
 
     def __init__(self, seat: Seat) -> None:
         self._seat = seat
-        self.examples = seat.task.train(seat.index)
+        node = seat.node
+        self.examples = seat.task.train(node.index)
         self._keep_optimizer = seat.config.train.optimizer_state == "keep"
         self.last: LocalResult | None = None
         self._loss: float | None = None  # of a round that only looked at gradients
@@ -152,11 +148,11 @@ class RoundOfWork:
         self._private: PrivateRound | None = None
         self._noise: LocalNoise | None = None
         request, mode = seat.request, seat.config.privacy.mode
-        place = (seat.config, seat.task, seat.index, request.round, request.lineage, seat.ledger)
+        place = (seat.config, seat.task, node.index, request.round, request.lineage, node.ledger)
         if mode == "example":
-            self._private = PrivateRound.open(*place)
+            self._private = PrivateRound.open(*place, limits=node.limits)
         elif mode == "local":
-            self._noise = LocalNoise.pay(*place)
+            self._noise = LocalNoise.pay(*place, limits=node.limits)
 
     def for_rule(self) -> LocalWork:
         """Return what the rule's client half sees."""
@@ -164,7 +160,7 @@ class RoundOfWork:
         return LocalWork(
             round=seat.request.round,
             seed=seat.config.seed,
-            client=str(seat.index),
+            client=seat.node.name,
             start=seat.held,
             scalings=seat.scalings(),
             scaling_at=seat.config.adapter.scaling_at,
@@ -185,7 +181,7 @@ class RoundOfWork:
             seed=config.seed,
             round=request.round,
             rounds=max(config.federation.rounds, request.round),
-            client=str(seat.index),
+            client=seat.node.name,
             how=how,
         )
         if self._private is not None:
@@ -269,24 +265,6 @@ class RoundOfWork:
         return {"loss": last.loss, "steps": float(last.steps), "seconds": last.seconds}
 
 
-def partition_of(context: Context, config: Config) -> int:
-    """Return which partition of the data this client holds; in a simulation that is its name.
-
-    Raises:
-        ConfigError: the node has none, or the federation has another size.
-    """
-    partition = context.node_config.get("partition-id")
-    of = context.node_config.get("num-partitions", config.federation.clients)
-    if partition is None:
-        raise ConfigError("this node has no partition-id", "Start it with --node-config.")
-    if int(of) != config.federation.clients:
-        raise ConfigError(
-            f"the federation has {of} nodes, but federation.clients is {config.federation.clients}",
-            f"Set federation.clients={of}, or start as many nodes as it says.",
-        )
-    return int(partition)
-
-
 @lru_cache(maxsize=8)
 def _rule_of(text: str) -> Rule:
     strategy = Config.from_run_config({"fedgraft.config": text}).strategy
@@ -352,12 +330,6 @@ def _check_whole(held: Tensors, model: ResidentModel) -> None:
             f"the server's adapter {'lacks' if missing else 'has an unknown'} {kind} {name!r}",
             "Let adapter.targets and the task be the same on both sides.",
         )
-
-
-def _personal_store(context: Context, request: TrainRequest, client: str) -> PersonalStore:
-    given = str(context.run_config.get(PERSONAL_KEY) or "")
-    folder = Path(given) if given else Path.home() / ".fedgraft" / "personal"
-    return PersonalStore(folder, request.lineage or str(context.run_id), client)
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -25,6 +25,7 @@ from fedgraft.errors import DIVERGED, RunError
 from fedgraft.resident_model import ResidentModel
 from fedgraft.schedule import learning_rate
 from fedgraft.seeds import forked_torch, stream, torch_seed
+from fedgraft.stopping import stop_if_asked
 from fedgraft.tasks.task import Examples, Task
 from strategies.local import Trained, Training
 from strategies.ranks import cut_factor, ranks_of
@@ -106,6 +107,7 @@ def train(
 
     Raises:
         RunError: tensors are missing, the loss is not finite, or the factors did not move.
+        StoppedError: somebody has asked this training to end (`fedgraft.stopping`).
         ModelError: a tensor does not fit the model.
         PrivacyError: private training is asked for, and an example's own gradient is not known.
     """
@@ -221,6 +223,7 @@ class _Loop:
         self.model.train_mode()
         total = torch.zeros((), device=self.model.device)
         for step in range(self.steps):
+            stop_if_asked()
             at = (work.round - 1) * self.steps + step
             rate = learning_rate(settings, at, work.rounds * self.steps)
             self.rate += rate

@@ -23,7 +23,9 @@ from fedgraft.errors import FedGraftError
 from fedgraft.foreign import FLOORS, import_ours
 
 GROUP = "fedgraft.commands"
-_ORDER = ("simulate", "compare", "report", "export", "data", "privacy", "strategies")
+_LOCAL = ("simulate", "compare", "report", "export", "data", "privacy", "strategies")
+_DEPLOYED = ("keys", "server", "client", "submit", "status", "doctor")
+_ORDER = (*_LOCAL, *_DEPLOYED)
 
 
 class Commands(click.Group):

@@ -383,10 +383,10 @@ def _from_json(text: str) -> Config:
     return Config.from_dict(json.loads(text))
 
 
-def known_keys() -> list[str]:
-    """Return every key of the config as users write it."""
+def known_keys(config: type[Group] = Config) -> list[str]:
+    """Return every key of a config as users write it."""
     keys: list[str] = []
-    for name, field in Config.model_fields.items():
+    for name, field in config.model_fields.items():
         written = field.alias or _kebab(name)
         group = field.annotation
         if isinstance(group, type) and issubclass(group, Group):

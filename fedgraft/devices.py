@@ -10,7 +10,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from fedgraft.errors import ConfigError, ModelError, RunError
+from fedgraft.errors import NO_MEMORY, ConfigError, ModelError, RunError
 
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -102,7 +102,7 @@ def with_smaller_batches(size: int, device: torch.device, run: Callable[[int], _
         release_memory(device)
         if size == 1:
             raise RunError(
-                f"there is not enough memory on {device} to evaluate one example",
+                f"{NO_MEMORY} on {device} to evaluate one example",
                 "Lower task.max-length, or quantise the base (model.quantization).",
             )
         size = -(-size // 2)

@@ -11,6 +11,8 @@ DIVERGED = "training diverged"
 """How the reason begins of a client whose loss is no number any more."""
 BUDGET = "the privacy budget is spent"
 """How the reason begins of a client that would spend more than its budget."""
+NO_MEMORY = "there is not enough memory"
+"""How the reason begins of a client whose device or machine has no more to give."""
 
 
 class FedGraftError(Exception):
@@ -60,6 +62,14 @@ class RunError(FedGraftError):
 
 class PrivacyError(FedGraftError):
     """A privacy guarantee that cannot be given."""
+
+
+class PolicyError(FedGraftError):
+    """A request that a client's own policy forbids; the message names client and clause."""
+
+
+class StoppedError(Exception):
+    """Work that was given up since nobody waits for its result any more."""
 
 
 class LedgerError(PrivacyError):

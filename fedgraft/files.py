@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
-from fedgraft.adapter import Tensors
 from fedgraft.errors import DiskFullError, RunError
+
+if TYPE_CHECKING:  # processes that only write small files stay free of torch
+    import torch
+
+    from fedgraft.adapter import Tensors
 
 METADATA_KEY = "fedgraft"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -85,6 +85,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, Any] | None = None) -> None:
     """Write named tensors, and a little JSON in the same file's header, atomically."""
+    from safetensors.torch import save
+
     # Cloned: safetensors refuses tensors that share memory, as a frozen factor and its copy do.
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     # One key only: safetensors writes several in an order that changes from call to call.
@@ -100,6 +102,8 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     Raises:
         RunError: the file is missing, cut short or not safetensors.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             # cloned into aligned memory: where a matrix lies may decide its products' last bits

@@ -1,7 +1,7 @@
 """The parts of Flower that are not its public interface, isolated here, and its processes.
 
-Everything private that FedGraft touches is in this file, each with a test, so that a new Flower
-release breaks one place and says so.
+Everything private that FedGraft touches is in this file, nodes.py and runs.py, each with a test,
+so that a new Flower release breaks one place and says so.
 """
 
 from __future__ import annotations
@@ -79,14 +79,19 @@ def write_app(
     write_text(folder / "pyproject.toml", tomli_w.dumps(tree))
 
 
-def write_connection(home: Path, port: int) -> None:
+def write_connection(home: Path, port: int, root_certificates: Path | None = None) -> None:
     """Write Flower's own configuration: one connection, to a SuperLink of ours on loopback.
 
     Args:
         home: what FLWR_HOME will be.
         port: where the SuperLink listens.
+        root_certificates: the CA of its certificate; None: it speaks plain HTTP.
     """
-    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
+    connection: dict[str, str | bool] = {"address": f"127.0.0.1:{port}"}
+    if root_certificates is None:
+        connection["insecure"] = True
+    else:
+        connection["root-certificates"] = str(root_certificates)
     tree = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     write_text(home / "config.toml", tomli_w.dumps(tree))
 

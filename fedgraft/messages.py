@@ -12,10 +12,11 @@ from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedgraft.adapter import Tensors, from_arrays
+from fedgraft.adapter import Tensors, from_arrays, payload_bytes
 from fedgraft.errors import UpdateError
+from fedgraft.refusal import CONFIG, REFUSAL, refusal
 
-ARRAYS, COMPANIONS, CONFIG, METRICS = "arrays", "companions", "config", "metrics"
+ARRAYS, COMPANIONS, METRICS = "arrays", "companions", "metrics"
 RESIDUAL, RULE, CONSTANT = "residual/", "rule/", "constant/"
 """Prefixes of the companions: what has joined the base, what the rule sends, and sends but once."""
 _LARGEST_METRIC = 1e15
@@ -23,6 +24,8 @@ _LARGEST_METRIC = 1e15
 _LONGEST_NAME, _LONGEST_DESCRIPTION = 100, 200
 WEIGHT = "num-examples"
 HELLO = "query.hello"
+KEEP = "query.adapter"
+"""Message types of our own: who are you, and keep this adapter."""
 _Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 
@@ -124,7 +127,7 @@ class Reply:
     def encode(self) -> RecordDict:
         """Return the records of a Flower message."""
         if self.refusal:
-            return RecordDict({CONFIG: ConfigRecord({"refusal": self.refusal})})
+            return refusal(self.refusal)
         metrics = MetricRecord({WEIGHT: self.weight, **self.metrics})
         records = RecordDict({METRICS: metrics})
         if self.arrays is not None:
@@ -140,9 +143,8 @@ class Reply:
         Raises:
             UpdateError: the reply has no metrics, or its weight is missing or not a number.
         """
-        refusal = str(_config(content).get("refusal", ""))
-        if refusal:
-            return cls(refusal=refusal)
+        if reason := str(_config(content).get(REFUSAL, "")):
+            return cls(refusal=reason)
         records = _records(content, MetricRecord)
         if METRICS not in records and len(records) != 1:
             raise UpdateError("the reply has no metrics record")
@@ -201,6 +203,44 @@ class Hello:
         words = str(config.get("description", ""))[:_LONGEST_DESCRIPTION]
         shown = "".join(c if c.isprintable() else " " for c in words)
         return cls(name, shown, memory)
+
+
+@dataclass(frozen=True)
+class FinalAdapter:
+    """What every client is given at the end of a run: the chosen adapter, as a PEFT folder.
+
+    Attributes:
+        arrays: the tensors of the weights file, encoded.
+        settings: adapter_config.json.
+        card: README.md.
+        lineage: the run's id.
+    """
+
+    arrays: ArrayRecord
+    settings: str
+    card: str
+    lineage: str
+
+    def encode(self) -> RecordDict:
+        """Return the records of a Flower message."""
+        texts = {"settings": self.settings, "card": self.card, "lineage": self.lineage}
+        return RecordDict({ARRAYS: self.arrays, CONFIG: ConfigRecord({**texts})})
+
+    @classmethod
+    def decode(cls, content: RecordDict) -> FinalAdapter:
+        """Read what was sent.
+
+        Raises:
+            UpdateError: the message has no arrays.
+        """
+        config = _config(content)
+        texts = (str(config.get(name, "")) for name in ("settings", "card", "lineage"))
+        return cls(_arrays(content), *texts)
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Return how many bytes all arrays of a message take on the wire."""
+    return sum(payload_bytes(arrays) for arrays in _records(content, ArrayRecord).values())
 
 
 def _records(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:

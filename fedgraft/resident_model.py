@@ -30,10 +30,11 @@ from fedgraft.adapter import (
 from fedgraft.attachment import attach
 from fedgraft.base import hash_base, load_base, train_in_float32
 from fedgraft.config import Config
-from fedgraft.devices import pick_device, with_smaller_batches
+from fedgraft.devices import pick_device, release_memory, with_smaller_batches
 from fedgraft.errors import ModelError
 from fedgraft.initialisation import Pair, dense_weight, derive_A, olora, orthogonal, pissa
 from fedgraft.registry import load_plugin
+from fedgraft.stopping import stop_if_asked
 from fedgraft.tasks.task import Batch, Examples, Task
 
 TASKS = "fedgraft.tasks"
@@ -257,6 +258,7 @@ class ResidentModel:
         """Yield the examples on the model's device, in their own order or the one given."""
         order = np.arange(len(examples)) if order is None else order
         for start in range(0, len(examples), batch_size):
+            stop_if_asked()
             yield self.to_device(examples.batch(order[start : start + batch_size]))
 
     def to_device(self, batch: Batch) -> Batch:
@@ -323,6 +325,20 @@ def resident_model(task: Task, config: Config) -> ResidentModel:
 def is_resident(config: Config) -> bool:
     """Whether `resident_model` has this config's model already."""
     return _residency(config) in _resident
+
+
+def resident_base() -> str:
+    """Return the hash of the base that is resident now; "" where none is."""
+    return next((model.base_hash for model in _resident.values()), "")
+
+
+def let_go() -> None:
+    """Drop the resident model and all data; both are loaded anew when they are next asked for."""
+    devices = {model.device for model in _resident.values()}
+    _resident.clear()
+    _tasks.clear()
+    for device in devices:
+        release_memory(device)
 
 
 def _residency(config: Config) -> str:

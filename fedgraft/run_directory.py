@@ -151,6 +151,20 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
+    @property
+    def busy(self) -> bool:
+        """Whether some process holds the run."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+        finally:
+            os.close(descriptor)
+        return False
+
     def write_config(self, config: Config, lineage: str) -> None:
         """Write config.toml: the resolved config with the run's lineage and versions."""
         tree = config.to_dict() | {"run": {"lineage": lineage}, "versions": versions()}

@@ -251,7 +251,8 @@ def _draw_test_panel(axes: Axes, results: Results) -> None:
 def _draw_references(test: Axes, results: Results) -> dict[str, float]:
     """Draw the reference rows through the test panel and return where they stand, as drawn.
 
-    They are known on the test split alone, so none is drawn through validation's curves. Where strategies have different ones of a name, no line stands for all, and none is drawn.
+    They are known on the test split alone, so none is drawn through validation's curves. Where
+    strategies have different ones of a name, no line stands for all, and none is drawn.
     """
     labels = {(row["name"], reference_label(row)) for row in results.comparison["references"]}
     several = {label for name, label in labels if sum(n == name for n, _ in labels) > 1}

@@ -15,13 +15,12 @@ import torch
 from safetensors import SafetensorError
 
 from fedgraft.adapter import PREFIX, Adapter, LoraLayer, pad_rank
+from fedgraft.adapter_folder import CARD, SETTINGS, WEIGHTS
 from fedgraft.errors import ConfigError, ModelError
 from fedgraft.files import disk_errors, read_tensors, write_bytes, write_tensors, write_text
 from fedgraft.logs import hushed
 from fedgraft.resident_model import ResidentModel, load_task
 from fedgraft.run_directory import RunDirectory
-
-WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
 def write_adapter(folder: Path, adapter: Adapter, model: ResidentModel, card: str) -> None:

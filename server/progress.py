@@ -13,11 +13,12 @@ from typing import Any
 
 from fedgraft.errors import ConfigError, FedGraftError, RunError
 
-START, SAMPLED, REPLY, ROUND, FINISHED, FAILED = (
+START, SAMPLED, REPLY, ROUND, HANDED_OUT, FINISHED, FAILED = (
     "start",
     "sampled",
     "reply",
     "round",
+    "handed-out",
     "finished",
     "failed",
 )
@@ -52,6 +53,15 @@ class ProgressReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
+
+    @classmethod
+    def of_session(cls, path: Path) -> ProgressReader:
+        """Return a reader that begins with the last start of the run."""
+        reader = cls(path)
+        if path.exists():
+            mark = json.dumps({"event": START})[:-1].encode()
+            reader._offset = max(0, path.read_bytes().rfind(mark))
+        return reader
 
     def events(self) -> list[dict[str, Any]]:
         """Return the events since the last call; a line not yet whole waits for the next.

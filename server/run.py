@@ -35,7 +35,8 @@ from server.checkpoint import Checkpoint, Checkpoints
 from server.client_privacy import PrivateFederation, ledger_folder
 from server.export import read_adapter, write_adapter
 from server.guarantee import guarantee
-from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressWriter
+from server.handout import hand_out
+from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
 from server.summary import Bookkeeping, summarise
 from server.tracking import TensorBoard, round_record
@@ -43,6 +44,7 @@ from strategies.fitness import check_rule
 from strategies.ranks import by_rank, by_root
 from strategies.registry import build_rule
 from strategies.replies import mean_metrics
+from strategies.roster import Roster
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome
 from strategies.strategy import AdapterStrategy
 
@@ -99,6 +101,7 @@ class FederatedRun(RoundHooks):
         self.task.validation()  # what is wrong with it is said before any client is asked
         personal = self.rule.capabilities.personal
         self.samples = Samples(self.task, self.model, directory, personal=personal)
+        self.roster = Roster(ours=True)
         self.best: Adapter | None = None
         self.books: Bookkeeping | None = None
         self._clients_final: dict[str, float] | None = None
@@ -126,14 +129,16 @@ class FederatedRun(RoundHooks):
         if checkpoint is not None and done:
             rounds = checkpoint.state.round
         if not done or self.rule.capabilities.personal:  # whose clients are asked for their tests
-            self._strategy(start.residual).start(
+            strategy = self._strategy(start.residual)
+            self.roster = strategy.roster
+            strategy.start(
                 grid,
                 to_arrays(start.tensors()),
                 num_rounds=rounds,
                 timeout=self.config.federation.deadline,
                 resume=checkpoint.state if checkpoint is not None else None,
             )
-        return self._finish()
+        return self._finish(grid)
 
     def _strategy(self, residual: Mapping[str, LoraLayer]) -> AdapterStrategy:
         config = self.config
@@ -143,7 +148,8 @@ class FederatedRun(RoundHooks):
             residual=residual,
             fraction=config.federation.fraction,
             sampling=config.federation.sampling,
-            clients=config.federation.clients,
+            # Deployed clients come and go: it goes on with as many as it needs.
+            clients=config.federation.min_clients if self.deployed else config.federation.clients,
             min_clients=config.federation.min_clients,
             seed=config.seed,
             evaluate_every=config.evaluate.every if self._clients_evaluate else 0,
@@ -155,6 +161,7 @@ class FederatedRun(RoundHooks):
             spool=self.directory.spool,
             hooks=self,
             privacy=None if self.private is None else self.private.mechanism,
+            ours=True,
         )
 
     @property
@@ -364,7 +371,7 @@ class FederatedRun(RoundHooks):
 
     # The end
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, grid: Grid) -> dict[str, Any]:
         if self.best is None or self.books is None:
             raise RunError(
                 "the run has no adapter to keep: no round was evaluated",
@@ -388,9 +395,26 @@ class FederatedRun(RoundHooks):
         )
         card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)
+        if self.deployed:
+            summary |= self._hand_out(grid)
         self.directory.write_summary(summary)
         self.progress.write(FINISHED, final=summary["final"], best_round=self.books.best_round)
         return summary
+
+    def _hand_out(self, grid: Grid) -> dict[str, Any]:
+        """Let every client keep the adapter; return what the summary says of it.
+
+        In a simulation the run directory is the clients', too.
+        """
+        enough = self.config.federation.min_clients
+        adapter = self.directory.adapter
+        found = hand_out(grid, self.roster, adapter, self.lineage, enough=enough)
+        self.progress.write(HANDED_OUT, kept=len(found.kept), missed=found.missed)
+        return {
+            "adapter_kept_by": len(found.kept) if self._keeps_back else found.kept,
+            "adapter_missed_by": found.missed,
+            "bytes_handed_out": found.bytes_down,
+        }
 
     def _estimated_memory(self) -> int | None:
         """Return what was told before a large base was loaded."""

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.status import Status
 from rich.table import Column
 
-from server.progress import FINISHED, REPLY, ROUND, SAMPLED, START, ProgressReader
+from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, ProgressReader
 from server.units import Unit
 
 _POLL_SECONDS = 0.2
@@ -43,6 +43,7 @@ class Screen:
         runs: progress files by the label to show.
         rows: labels of work without rounds, the reference rows of a comparison.
         console: where to; the standard error by default.
+        at_work: the runs are at work already, and are shown from their last start on.
     """
 
     def __init__(
@@ -50,9 +51,12 @@ class Screen:
         runs: Mapping[str, Path],
         rows: Collection[str] = (),
         console: Console | None = None,
+        *,
+        at_work: bool = False,
     ) -> None:
         self.console = console or Console(stderr=True)
-        self._runs = {label: _Run(label, progress) for label, progress in runs.items()}
+        read = ProgressReader.of_session if at_work else ProgressReader
+        self._runs = {label: _Run(label, read(progress)) for label, progress in runs.items()}
         self._rows: dict[str, TaskID | None] = dict.fromkeys(rows)
         self._jobs = len(runs) + len(rows)
         self._rows_done = 0
@@ -109,6 +113,11 @@ class Screen:
             self._rows_done += 1
             self._say(f"[green]done[/green] {result}")
 
+    def say(self, text: str) -> None:
+        """Print a line that stays on the screen, in plain words."""
+        with self._lock:
+            self._say(escape(text))
+
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -150,6 +159,9 @@ class Screen:
             where = f"{name}, round {event['round']}, client {escape(event['client'])}"
             trouble = escape(" ".join(event["trouble"].split()))
             self._say(f"[yellow]{where}:[/yellow] {trouble}")
+        elif kind == HANDED_OUT:
+            missed = "".join(f"; not {escape(n)}: {escape(w)}" for n, w in event["missed"].items())
+            self._say(f"{name}: {event['kept']} clients keep the final adapter{missed}")
         elif kind == ROUND and self._bars is None:
             lines = _LINES if self._jobs == 1 else _LINES_OF_MANY
             if run.round % max(1, run.rounds // lines) == 0 or run.round == run.rounds:
@@ -213,9 +225,9 @@ class _Pace:
 class _Run:
     """What the events of one run add up to."""
 
-    def __init__(self, label: str, progress: Path) -> None:
+    def __init__(self, label: str, reader: ProgressReader) -> None:
         self.label = label
-        self.reader = ProgressReader(progress)
+        self.reader = reader
         self.bar: TaskID | None = None
         self.pace = _Pace()
         self.active, self.done = False, False

@@ -103,6 +103,7 @@ def summarise(
         "budget_spent": books.budget_spent,
         "bytes_up": _bytes(records, "bytes_up"),
         "bytes_down": _bytes(records, "bytes_down"),
+        "bytes_evaluated": _bytes(records, "bytes_evaluated"),
         "wall_seconds": round(books.wall_seconds, 3),
         "train_seconds": _seconds(records, "train"),
         "aggregate_seconds": _seconds(records, "aggregate"),
@@ -173,7 +174,7 @@ def _examples(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 def _bytes(records: Iterable[Mapping[str, Any]], key: str) -> int | None:
     """Return the traffic of all rounds; None where they keep it back."""
-    counts = [record[key] for record in records]
+    counts = [record.get(key, 0) for record in records]  # a run resumed from an older version
     return None if None in counts else sum(counts)
 
 

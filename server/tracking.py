@@ -49,6 +49,7 @@ def round_record(
         "refused": outcome.refused,
         "bytes_up": None if keep_back else outcome.bytes_up,
         "bytes_down": None if keep_back else outcome.bytes_down,
+        "bytes_evaluated": None if keep_back else outcome.bytes_evaluated,
         "seconds": outcome.seconds,
         "aggregation_bias": None
         if bias is None

@@ -7,37 +7,34 @@ for `--help`.
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from fedgraft.config import Config
-from fedgraft.errors import ConfigError, FedGraftError, RunError
+from fedgraft.errors import ConfigError
 from fedgraft.settings import parse_settings, parse_value
+from server.run_command import (
+    PATH,
+    as_json_option,
+    config_file_argument,
+    interruptible,
+    leave_out,
+    settings_option,
+    show,
+    show_run,
+)
 from server.screen import Screen, busy
 
-if TYPE_CHECKING:
-    from fedgraft.run_directory import RunDirectory
-
-PATH = click.Path(path_type=Path)
 REFERENCES = "base,alone,centralised"
-
-_config_file = click.argument("config_file", metavar="[CONFIG.toml]", type=PATH, required=False)
-_settings = click.option(
-    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Set one key; may be repeated."
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.command()
-@_config_file
-@_settings
+@config_file_argument
+@settings_option
 @click.option("--out", type=PATH, help="The run's directory, a new one. [default: under runs/]")
 @click.option("--resume", type=PATH, help="Continue the run in this directory.")
 @click.option(
@@ -47,7 +44,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the result a
     show_default=True,
     help="In this process, or in Flower's own simulation.",
 )
-@_json
+@as_json_option
 def simulate(
     config_file: Path | None,
     settings: tuple[str, ...],
@@ -67,31 +64,32 @@ def simulate(
     Without CONFIG.toml the defaults run: six clients read handwritten digits.
     """
     if resume is not None:
-        _leave_out("--resume", {"CONFIG.toml": config_file, "--out": out})
+        leave_out("--resume", {"CONFIG.toml": config_file, "--out": out})
     with busy("Loading the model and the data") as status:
+        from server import session
         from server.summary import strategy_label
         from simulations import simulate as simulation
         from simulations.engine import run_engine
 
         if resume is not None:
-            config, directory = simulation.resume(resume, parse_settings(settings))
+            config, directory = session.resume(resume, parse_settings(settings))
         else:
             config = Config.load(config_file, settings)
             directory = simulation.prepare(config, out, status.console.print)
             config = directory.config()
-    with _interruptible("simulate", directory.path):
-        if simulation.is_finished(config, directory):
-            click.echo(simulation.how_to_go_on(directory), err=True)
+    with interruptible(["simulate"], directory.path):
+        if session.is_finished(config, directory):
+            click.echo(session.how_to_go_on(directory), err=True)
         else:
             with Screen({f"{strategy_label(config)}, seed {config.seed}": directory.progress}):
                 run_engine(config, directory, "ray" if engine == "ray" else "in-process")
         with busy("Drawing plots and the report"):
-            simulation.draw(directory.path)
-    _show_run(directory, as_json)
+            session.draw(directory.path)
+    show_run(directory, as_json)
 
 
 @click.command()
-@_config_file
+@config_file_argument
 @click.option(
     "--strategies",
     metavar="NAMES",
@@ -102,7 +100,7 @@ def simulate(
 @click.option(
     "--seeds", metavar="NUMBERS", default="0,1,2", show_default=True, help="Comma-separated."
 )
-@_settings
+@settings_option
 @click.option(
     "--grid", metavar="KEY=V1,V2", multiple=True, help="Try values of a key, all combinations."
 )
@@ -115,7 +113,7 @@ def simulate(
 )
 @click.option("--out", type=PATH, help="A new directory. [default: under runs/]")
 @click.option("--resume", type=PATH, help="Go on with the comparison in this directory.")
-@_json
+@as_json_option
 @click.pass_context
 def compare(
     context: click.Context,
@@ -149,12 +147,12 @@ def compare(
             },
             "--set": settings,
         }
-        _leave_out("--resume", given)
+        leave_out("--resume", given)
     chosen = (_words(strategies), _seeds(seeds), _grid(grid), _references(references))
     with busy("Loading the model and the data"):
+        from server.session import free_path
         from simulations import compare as comparison
         from simulations.plan import Plan
-        from simulations.simulate import free_path
 
         if resume is not None:
             plan, path = Plan.read(resume), resume
@@ -162,72 +160,12 @@ def compare(
             config = Config.load(config_file, settings)
             plan = Plan(config, *chosen)
             path = out or free_path(Path("runs"), "comparison")
-    with _interruptible("compare", path):
+    with interruptible(["compare"], path):
         result = comparison.compare(plan, path, resume=resume is not None)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        _show(result, path)
-
-
-def _show_run(directory: RunDirectory, as_json: bool) -> None:
-    from server.statistics import build_comparison
-
-    summary = directory.summary()
-    assert summary is not None
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-        return
-    _show(dict(build_comparison([summary | {"directory": "."}], [])), directory.path)
-
-
-def _show(result: dict[str, Any], path: Path) -> None:
-    from server.table import fitting_table
-    from server.verdict import verdict
-
-    console = Console()
-    whole = not console.is_terminal  # a terminal breaks lines between words, a pipe not at all
-    console.print()
-    console.print(fitting_table(result, console))
-    for line in verdict(result).split("\n"):
-        console.print(line, highlight=False, markup=False, soft_wrap=whole)
-    console.print(
-        f"\nReport: {path / 'report.html'}", highlight=False, markup=False, soft_wrap=True
-    )
-
-
-@contextmanager
-def _interruptible(name: str, path: Path) -> Iterator[None]:
-    """Say how to go on when Ctrl-C or a failure ends the work.
-
-    Raises:
-        RunError: the work was interrupted.
-    """
-    command = f"fedgraft {name} --resume {shlex.quote(str(path))}"
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise RunError(
-            "interrupted; everything up to the last checkpoint is kept", f"Continue with: {command}"
-        ) from None
-    except FedGraftError as error:
-        if error.exit_status == 1 and "resume" not in error.remedy:  # of which it may advise
-            error.remedy = f"{error.remedy} Continue with: {command}".strip()
-        raise
-
-
-def _leave_out(option: str, given: Mapping[str, object]) -> None:
-    """Refuse what an option excludes.
-
-    Raises:
-        ConfigError: one of the given things is there.
-    """
-    for name, value in given.items():
-        if value:
-            raise ConfigError(
-                f"{option} takes that from the directory, and {name} is given as well",
-                f"Leave {name} out, or {option}.",
-            )
+        show(result, path)
 
 
 def _words(text: str) -> tuple[str, ...]:

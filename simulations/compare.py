@@ -23,13 +23,14 @@ from fedgraft.files import write_json, write_text
 from fedgraft.logs import hushed
 from fedgraft.run_directory import PLAN_FILE, RunDirectory
 from fedgraft.settings import flatten
+from server import session
 from server.screen import Screen, busy
 from server.statistics import build_comparison
 from simulations.check import check
 from simulations.engine import run_engine
 from simulations.plan import Plan
 from simulations.references import depends_on, reference
-from simulations.simulate import draw, free_path, is_finished, lineage
+from simulations.simulate import lineage
 from simulations.workers import at_work
 
 
@@ -68,7 +69,7 @@ def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dic
     Raises:
         FedGraftError: what went wrong and what to do; what is done is kept.
     """
-    path = out or free_path(Path("runs"), "comparison")
+    path = out or session.free_path(Path("runs"), "comparison")
     if not resume:
         RunDirectory.check_free(path)
     with busy("Loading the model and the data"):
@@ -95,7 +96,7 @@ def compare(plan: Plan, out: Path | None = None, *, resume: bool = False) -> dic
     comparison = dict(build_comparison(runs, references))
     write_json(path / "comparison.json", comparison)
     with busy("Drawing plots and the report"):
-        draw(path)
+        session.draw(path)
     return comparison
 
 
@@ -180,7 +181,7 @@ def _run_job(job: Job) -> dict[str, Any]:
         directory = RunDirectory.open(job.path)
     else:
         directory = RunDirectory.create(job.path, job.config, lineage(job.config))
-    if not is_finished(job.config, directory):
+    if not session.is_finished(job.config, directory):
         run_engine(job.config, directory)
     summary = directory.summary()
     if summary is None:

@@ -125,6 +125,17 @@ class Training:
         )
 
 
+def trouble_of(message: Message) -> str:
+    """Return why a client did not do what it was asked, "" when it says that it did."""
+    trouble = _failure(message)
+    if trouble:
+        return trouble
+    try:
+        return Reply.decode(message.content).refusal
+    except UpdateError as error:
+        return error.message
+
+
 def evaluation(message: Message) -> tuple[ClientReport | None, str]:
     """Read a reply to an evaluation: the client's report, or why there is none."""
     trouble = _failure(message)

@@ -16,11 +16,15 @@ from flwr.serverapp import Grid
 
 from fedgraft.adapter import natural_order
 from fedgraft.errors import RunError, UpdateError
-from fedgraft.messages import CONFIG, HELLO, Hello
+from fedgraft.messages import HELLO, Hello
+from fedgraft.refusal import CONFIG
+from strategies.replies import trouble_of
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 HELLO_SECONDS = 120.0
+GRACE_SECONDS = 5.0
+"""How long a round is held up for the names of newcomers; who is slower joins a later one."""
 
 
 def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterator[Message]:
@@ -53,10 +57,17 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
 
 
 class Roster:
-    """The clients of a federation by name, asked for once and again only for new nodes."""
+    """The clients of a federation by name, asked for once and again only for new nodes.
 
-    def __init__(self) -> None:
+    Args:
+        ours: every client is FedGraft's own and has a name, so one that cannot say it now (its
+            trainer is just starting again) is asked another time and not called by its node's id.
+    """
+
+    def __init__(self, *, ours: bool = False) -> None:
+        self._ours = ours
         self._names: dict[int, str] = {}
+        self._asked: dict[str, tuple[int, float]] = {}  # by message: the node, monotonic seconds
         self.descriptions: dict[str, str] = {}
         self.memory: dict[str, int] = {}  # bytes, 0 where a client does not say
         self.claimed: set[str] = set()  # names that more than one node gives
@@ -73,28 +84,33 @@ class Roster:
         """Return the node that a client runs on now."""
         return next(node for node, known in self._names.items() if known == name)
 
-    def refresh(self, grid: Grid) -> None:
+    def refresh(self, grid: Grid, enough: int | None = None) -> None:
         """Ask new nodes for their names and forget nodes that are gone.
 
         A node that does not know the question (anybody's own ClientApp) is called by its id. One
         that gives a name which another node bears is left out and asked again the next time: a
         client that was restarted may be there under its new id before the old one is missed.
+
+        Args:
+            grid: carries the messages.
+            enough: with so many clients known, the others are waited for only a moment; None waits
+                for all.
         """
         self.claimed.clear()
         present = set(grid.get_node_ids())
         self._names = {node: name for node, name in self._names.items() if node in present}
-        new = sorted(present - self._names.keys())
-        if not new:
-            return
-        ask = RecordDict({CONFIG: ConfigRecord()})
-        messages = [Message(ask, node, HELLO) for node in new]
-        replies = list(exchange(grid, messages, HELLO_SECONDS))
+        self._asked = {
+            message: (node, since)
+            for message, (node, since) in self._asked.items()
+            if node in present and time.monotonic() - since < HELLO_SECONDS
+        }
+        self._ask(grid, present)
+        replies = self._answers(grid, enough)
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             node = reply.metadata.src_node_id
-            hello = Hello(str(node))  # who is no client of ours is called by its id
-            if not reply.has_error():
-                with suppress(UpdateError):
-                    hello = Hello.decode(reply.content)
+            hello = self._heard(reply)
+            if hello is None:
+                continue
             if hello.name in self._names.values():
                 log.warning("Node %d left out: another one is called %r too", node, hello.name)
                 self.claimed.add(hello.name)
@@ -103,6 +119,52 @@ class Roster:
             self.descriptions[hello.name] = hello.description
             self.memory[hello.name] = hello.memory
 
+    def _ask(self, grid: Grid, present: set[int]) -> None:
+        pending = {node for node, _ in self._asked.values()}
+        new = sorted(present - self._names.keys() - pending)
+        if not new:
+            return
+        ask = RecordDict({CONFIG: ConfigRecord()})
+        sent = grid.push_messages([Message(ask, node, HELLO) for node in new])
+        now = time.monotonic()
+        for message, node in zip(sent, new, strict=True):
+            if message:  # Flower's own grid gives None for one that it could not take
+                self._asked[message] = (node, now)
+
+    def _answers(self, grid: Grid, enough: int | None) -> list[Message]:
+        """Collect the answers to what was asked; who is silent for too long is asked anew later."""
+        replies: list[Message] = []
+        began = heard = time.monotonic()
+        while self._asked:
+            arrived = list(grid.pull_messages(list(self._asked)))
+            for reply in arrived:
+                self._asked.pop(reply.metadata.reply_to_message_id, None)
+            replies += arrived
+            if arrived:
+                heard = time.monotonic()
+                continue
+            now = time.monotonic()
+            known = len(self._names) + len(replies)
+            if enough is not None and known >= enough and now - began > GRACE_SECONDS:
+                break
+            if now - heard > HELLO_SECONDS:
+                self._asked.clear()
+                break
+            time.sleep(POLL_SECONDS)
+        return replies
+
+    def _heard(self, reply: Message) -> Hello | None:
+        """Read a node's answer; None where it has to be asked again."""
+        node = reply.metadata.src_node_id
+        if not reply.has_error():
+            with suppress(UpdateError):
+                return Hello.decode(reply.content)
+        if self._ours:
+            reason = trouble_of(reply) or "no name"
+            log.warning("Node %d does not say its name yet: %s", node, reason)
+            return None
+        return Hello(str(node))  # who is no client of ours is called by its id
+
     def wait(self, grid: Grid, wanted: int, deadline: float) -> None:
         """Wait until so many clients are there.
 
@@ -110,7 +172,7 @@ class Roster:
             RunError: they are not within the deadline, in seconds; or two give the same name.
         """
         end = time.monotonic() + deadline
-        self.refresh(grid)
+        self.refresh(grid, wanted)
         while len(self._names) < wanted or self.claimed:
             if self.claimed:
                 raise RunError(
@@ -125,4 +187,4 @@ class Roster:
                     "Start the missing clients, or lower federation.clients.",
                 )
             time.sleep(POLL_SECONDS)
-            self.refresh(grid)
+            self.refresh(grid, wanted)

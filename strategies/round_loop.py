@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedgraft.errors import BudgetSpentError
+from fedgraft.messages import array_bytes
 from strategies.replies import mean_metrics
 from strategies.roster import exchange
 from strategies.rounds import ClientReport, RoundOutcome, StrategyState
@@ -49,6 +50,7 @@ class RoundLoop:
     evaluate_config: ConfigRecord
     evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None
     result: Result = field(default_factory=Result)
+    _evaluated: int = 0  # bytes sent to be evaluated in this round
 
     def run(self, state: StrategyState, *, new: bool) -> Result:
         """Go from a state to the last round, or until a hook or the clients' budgets say stop.
@@ -68,8 +70,12 @@ class RoundLoop:
             strategy.adopt(state)
         self.result.arrays = strategy.current_arrays()
         self._evaluate_centrally(state.round)
+        self._evaluated = 0
         validation = self._validate(state.round) if strategy.evaluate_every else {}
-        before = RoundOutcome(state, validation=validation, test=self._test(state.round))
+        test = self._test(state.round)
+        before = RoundOutcome(
+            state, validation=validation, test=test, bytes_evaluated=self._evaluated
+        )
         strategy.hooks.on_start(before, strategy.roster.descriptions)
         outcome = before
         for round in range(state.round + 1, self.last + 1):
@@ -99,12 +105,18 @@ class RoundLoop:
         if metrics is not None:
             self.result.train_metrics_clientapp[round] = metrics
         began = time.perf_counter()
+        self._evaluated = 0
         validation = {}
         every = strategy.evaluate_every
         if every and (round % every == 0 or round == self.last):
             validation = self._validate(round)
         seconds = strategy.outcome.seconds | {"validate": time.perf_counter() - began}
-        return replace(strategy.outcome, validation=validation, seconds=seconds)
+        return replace(
+            strategy.outcome,
+            validation=validation,
+            bytes_evaluated=self._evaluated,
+            seconds=seconds,
+        )
 
     def _timed(self, messages: Iterable[Message], began: float) -> Iterator[Message]:
         """Yield the replies, and note the seconds once the last one has come."""
@@ -116,7 +128,7 @@ class RoundLoop:
         messages = strategy.configure_evaluate(
             round, strategy.current_arrays(), self.evaluate_config, self.grid
         )
-        reports = strategy.reports(round, exchange(self.grid, messages, self.deadline))
+        reports = self._reports(round, messages)
         metrics = mean_metrics(reports)
         if metrics is not None:
             self.result.evaluate_metrics_clientapp[round] = metrics
@@ -130,7 +142,12 @@ class RoundLoop:
         messages = strategy.ask(
             round, strategy.state, self.evaluate_config, self.grid, split="test"
         )
-        return strategy.reports(round, exchange(self.grid, messages, self.deadline))
+        return self._reports(round, messages)
+
+    def _reports(self, round: int, messages: Iterable[Message]) -> dict[str, ClientReport]:
+        asked = list(messages)
+        self._evaluated += sum(array_bytes(message.content) for message in asked)
+        return self.strategy.reports(round, exchange(self.grid, asked, self.deadline))
 
     def _evaluate_centrally(self, round: int) -> None:
         if self.evaluate_fn is None:

@@ -61,6 +61,7 @@ class RoundOutcome:
         test: every client's own test, where a part of the adapter never leaves the clients; before
             the first round.
         bytes_down, bytes_up: payload of arrays, over all messages of the round's training.
+        bytes_evaluated: the same, of what clients were sent to evaluate.
         seconds: by phase (`train`, `aggregate`, `validate`).
         bias: None where single updates are not visible.
         notes: what the rule had to say.
@@ -76,6 +77,7 @@ class RoundOutcome:
     test: dict[str, ClientReport] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_evaluated: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     bias: AggregationBias | None = None
     notes: tuple[str, ...] = ()

@@ -88,6 +88,7 @@ class AdapterStrategy(Strategy):
         hooks: what to do around rounds.
         privacy: clip and noise what the rule sums, see `strategies.client_privacy`; its rate takes
             the place of `fraction`, sampling is Poisson, and no number of updates ends the run.
+        ours: every client is FedGraft's own, see `strategies.roster.Roster`.
 
     Raises:
         ConfigError: an unknown rule or option, or a rule that cannot be private by client.
@@ -115,6 +116,7 @@ class AdapterStrategy(Strategy):
         spool: Path | None = None,
         hooks: RoundHooks | None = None,
         privacy: ClientPrivacy | None = None,
+        ours: bool = False,
     ) -> None:
         self.rule = build_rule(rule, options) if isinstance(rule, str) else rule
         if ranks is not None:
@@ -137,7 +139,7 @@ class AdapterStrategy(Strategy):
         self.rank_scaling = rank_scaling
         self.hooks = hooks or RoundHooks()
         self.privacy = privacy
-        self.roster = Roster()
+        self.roster = Roster(ours=ours)
         self._spool_folder = spool
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._spool: UpdateSpool | None = None
@@ -203,7 +205,7 @@ class AdapterStrategy(Strategy):
             assert isinstance(self.rule, SumOnlyRule)  # checked at the start
             phases = len(self.rule.phases(server_round))
             self.hooks.on_release(server_round, self.privacy.release(phases))
-        self.roster.refresh(grid)
+        self.roster.refresh(grid, self.clients)
         names = self.sample(server_round)
         requests = self._requests(server_round, state, training=True)
         content = {name: requests.for_client(name) for name in names}
@@ -356,7 +358,7 @@ class AdapterStrategy(Strategy):
         split: str = "validation",
     ) -> list[Message]:
         """Ask every client that is there to evaluate what it holds after a round."""
-        self.roster.refresh(grid)
+        self.roster.refresh(grid, self.clients)
         requests = self._requests(round, state, training=False, split=split)
         return [
             Message(

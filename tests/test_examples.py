@@ -169,7 +169,7 @@ def test_a_rule_of_another_package_is_used_by_name_and_resumes(
         "[fedgraft.rules]\nheavy-ball = heavy_ball:HeavyBall\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("simulations.simulate.draw", lambda path: None)  # not the subject here
+    monkeypatch.setattr("server.session.draw", lambda path: None)  # not the subject here
     monkeypatch.delitem(sys.modules, "heavy_ball", raising=False)
     assert "Heavy ball" in call("strategies").out
     wrong = call("simulate", "--set", "strategy.name=heavy-ball", "--set", "strategy.bta=0.5")

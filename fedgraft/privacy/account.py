@@ -16,6 +16,7 @@ from fedgraft.errors import BUDGET, PrivacyError
 from fedgraft.privacy.accounting import calibrate, epsilon
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Entry, Ledger
+from fedgraft.privacy.limits import NO_LIMITS, Limits
 
 _MUCH = 1e4
 """A noise multiplier beside which no other is needed."""
@@ -37,6 +38,7 @@ class Account:
         sensitivity: clips by which one unit moves what is noised: 1 where it is added or removed,
             2 where it is replaced.
         queries: of a release, those that share what the config's noise multiplier says.
+        limits: what the owner of the data allows.
     """
 
     ledger: Ledger
@@ -47,6 +49,7 @@ class Account:
     relation: Literal["add-or-remove-one", "replace-one"] = "add-or-remove-one"
     sensitivity: float = 1.0
     queries: int = 1
+    limits: Limits = NO_LIMITS
 
     def noise_multiplier(self, planned: Plan) -> float:
         """Return the noise's standard deviation over the clip, the same in all rounds of a run.
@@ -59,8 +62,14 @@ class Account:
 
         Raises:
             PrivacyError: no noise fits what is left of `privacy.target-epsilon`.
+            PolicyError: the owner of the data wants more of it.
             LedgerError: the ledger is damaged.
         """
+        multiplier = self._noise_multiplier(planned)
+        self.limits.check_noise(multiplier)
+        return multiplier
+
+    def _noise_multiplier(self, planned: Plan) -> float:
         settings = self.settings
         if settings.noise_multiplier is not None:
             return settings.noise_multiplier
@@ -89,9 +98,11 @@ class Account:
         Raises:
             PrivacyError: it would take more than `privacy.target-epsilon`. Nothing is written then,
                 unless another run has written to the ledger at the same moment.
+            PolicyError: it would take more than the owner of the data allows.
             LedgerError: the ledger is damaged.
         """
         settings = self.settings
+        self.limits.check_lifetime(self.ledger, [release])
         self._check_budget([*self.ledger.releases(self.fingerprint), release])
         self.ledger.record(
             Entry(

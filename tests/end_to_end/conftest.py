@@ -28,4 +28,4 @@ def forks() -> ForkServerContext:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands in this process draw nothing: it takes longer than a small federation."""
-    monkeypatch.setattr("simulations.simulate.draw", lambda path: None)
+    monkeypatch.setattr("server.session.draw", lambda path: None)

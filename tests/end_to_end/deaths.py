@@ -128,9 +128,9 @@ def writing_a_record(round: int) -> None:
 
 def drawing(round: int) -> None:
     """The run has finished, its plots have not."""
-    from simulations import simulate
+    from server import session
 
-    simulate.save_plots = _at(1, simulate.save_plots, before=True)
+    session.save_plots = _at(1, session.save_plots, before=True)
 
 
 def fedgraft(arguments: list[str], moment: str = "", round: int = 0, says: str = "") -> None:

@@ -17,8 +17,8 @@ from fedgraft.privacy.randomness import SeededRandomness
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
 from server.checkpoint import Checkpoints
+from server.session import is_finished, resume
 from simulations.engine import run_engine
-from simulations.simulate import is_finished, resume
 
 PRIVATE: dict[str, Any] = {
     "privacy.mode": "example",

@@ -14,8 +14,9 @@ from fedgraft.config import Config
 from fedgraft.quantization import keep_weights_as_stored
 from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
+from server.session import resume
 from simulations.engine import run_engine
-from simulations.simulate import prepare, resume
+from simulations.simulate import prepare
 
 KINDS = ("int8", "nf4")
 

@@ -76,6 +76,9 @@ def test_flower_finds_our_connection(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in (None, flower.CONNECTION):
         connection = read_superlink_connection(name)
         assert (connection.address, connection.insecure) == ("127.0.0.1:8123", True)
+    flower.write_connection(tmp_path, 8123, tmp_path / "ca.crt")
+    connection = read_superlink_connection(flower.CONNECTION)
+    assert (connection.insecure, connection.root_certificates) == (False, str(tmp_path / "ca.crt"))
 
 
 def test_flower_reads_our_simulation_settings():

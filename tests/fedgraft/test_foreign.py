@@ -47,7 +47,8 @@ def test_a_module_already_imported_from_elsewhere_is_named(
 ):
     (tmp_path / "deploy.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "deploy", raising=False)
+    monkeypatch.setitem(sys.modules, "deploy", sys)  # so that theirs is gone again afterwards
+    monkeypatch.delitem(sys.modules, "deploy")
     import deploy  # noqa: F401  # theirs
 
     with pytest.raises(FedGraftError, match=r"'deploy' is hidden by .*deploy\.py"):

@@ -58,7 +58,7 @@ def test_a_round_is_recorded_as_documented(whole: tuple[RunDirectory, Summary]):
     start, *rounds = whole[0].rounds()
     keys = {
         *("round", "lr", "train_loss", "validation", "clients", "sampled", "failed", "refused"),
-        *("bytes_up", "bytes_down", "seconds", "aggregation_bias", "epsilon"),
+        *("bytes_up", "bytes_down", "bytes_evaluated", "seconds", "aggregation_bias", "epsilon"),
     }
     assert all(keys <= record.keys() for record in (start, *rounds))
     assert (start["train_loss"], start["aggregation_bias"], start["lr"]) == (None, None, None)

@@ -10,7 +10,7 @@ from fake_grid import ARRAYS, Answer, Client, FakeGrid, Node, Seen, nodes
 from flwr.app import Error, Message, RecordDict
 
 from fedgraft.errors import RunError
-from fedgraft.messages import HELLO, Hello
+from fedgraft.messages import HELLO, Hello, TrainRequest
 from strategies import roster as roster_module
 from strategies.roster import Roster, exchange
 from strategies.strategy import AdapterStrategy
@@ -188,3 +188,123 @@ def test_a_message_that_flower_cannot_take_is_not_waited_for():
     assert list(exchange(FakeGrid({}), messages(404), 30.0)) == []
     assert list(exchange(FakeGrid({}), [], 30.0)) == []
     assert time.monotonic() - began < 1.0
+
+
+# Newcomers
+
+
+def test_a_newcomer_that_is_slow_to_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roster_module, "GRACE_SECONDS", 0.1)
+    grid = FakeGrid(nodes(("a", "b")))
+    roster = refreshed(grid)
+    grid.nodes[7] = lambda message: None
+    began = time.monotonic()
+    roster.refresh(grid, 2)
+    assert 0.1 < time.monotonic() - began < 5.0 and roster.names() == ["a", "b"]
+    roster.refresh(grid, 2)  # its answer is still waited for, and nothing is asked twice
+    assert asked(grid) == [100, 101, 7]
+
+
+def test_with_too_few_known_it_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roster_module, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(roster_module, "HELLO_SECONDS", 0.3)
+    grid = FakeGrid(nodes(("a",), c0=lambda message: None) | {7: lambda message: None})
+    began = time.monotonic()
+    Roster().refresh(grid, 2)
+    assert time.monotonic() - began > 0.3
+
+
+def test_a_client_of_ours_that_cannot_say_its_name_is_asked_again():
+    grid = FakeGrid({7: lambda message: Error(1, "its trainer is away"), 8: Client("b")})
+    roster = Roster(ours=True)
+    roster.refresh(grid)
+    assert roster.names() == ["b"]
+    grid.nodes[7] = Client("a")
+    roster.refresh(grid)
+    assert roster.names() == ["a", "b"] and asked(grid) == [7, 8, 7]
+
+
+def test_a_client_that_joins_takes_part_from_the_next_round_on():
+    grid = FakeGrid(nodes(("a", "b")))
+    seen = Seen()
+
+    def join(round: int, sampled: list[str]) -> None:
+        if round == 2:
+            grid.nodes[50] = Client("c")
+
+    seen.on_sampled = join  # type: ignore[method-assign]
+    AdapterStrategy(hooks=seen, clients=2, deadline=0.3, ours=True).start(
+        grid, ARRAYS, num_rounds=4
+    )
+    took_part = [sorted(outcome.reports) for outcome in seen.outcomes[1:]]
+    assert took_part == [["a", "b"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
+# Stragglers
+
+
+class LateGrid(FakeGrid):
+    """Node 101 answers the first round only when the second has been asked for."""
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        trained = [m for m in self.sent if m.metadata.message_type == "train"]
+        asked_twice = len({TrainRequest.decode(m.content).round for m in trained}) > 1
+        found = []
+        for reply in super().pull_messages(message_ids):
+            late = reply.metadata.src_node_id == 101 and reply.metadata.message_type == "train"
+            if late and not asked_twice:
+                self.held.append(reply)
+            else:
+                found.append(reply)
+        if asked_twice and self.held:  # whoever asks for them may have them now
+            ready = [r for r in self.held if r.metadata.reply_to_message_id in set(message_ids)]
+            found += ready
+            self.late += len(self.held)
+            self.held = []
+        return found
+
+    held: list[Message]
+    late: int
+
+
+def test_an_update_that_comes_too_late_is_in_no_later_round():
+    """The result is that of a client which failed in the first round and was back in the second."""
+
+    class Absent(Client):
+        def reply(self, request: TrainRequest) -> Answer:
+            return super().reply(request) if request.round > 1 else None
+
+    grid = LateGrid(nodes(("a", "b", "c")))
+    grid.held, grid.late = [], 0
+    late, absent = Seen(), Seen()
+    options: dict[str, Any] = {"clients": 3, "min_clients": 2, "deadline": 0.3}
+    AdapterStrategy(hooks=late, **options).start(grid, ARRAYS, num_rounds=3)
+    without = FakeGrid(nodes(("a", "b", "c"), cb=Absent("b", weight=11.0)))
+    AdapterStrategy(hooks=absent, **options).start(without, ARRAYS, num_rounds=3)
+    assert grid.late == 1  # it did come, while the second round was at work
+    assert [sorted(o.reports) for o in late.outcomes[1:]] == [
+        ["a", "c"],
+        ["a", "b", "c"],
+        ["a", "b", "c"],
+    ]
+    assert late.outcomes[1].failed == {"b": "no reply within the deadline"}
+    for one, other in zip(late.outcomes, absent.outcomes, strict=True):
+        assert one.state.adapter.digest() == other.state.adapter.digest()
+
+
+def test_three_of_ten_clients_failing_each_round_do_not_end_a_run():
+    names = tuple(str(k) for k in range(10))
+
+    class Flaky(Client):
+        def reply(self, request: TrainRequest) -> Answer:
+            fails = (int(self.name) + 3 * request.round) % 10 < 3
+            return Error(1, "killed") if fails else super().reply(request)
+
+    grid = FakeGrid(nodes(names, **{f"c{name}": Flaky(name) for name in names}))
+    seen = Seen()
+    AdapterStrategy(hooks=seen, clients=7, min_clients=7, deadline=0.3, ours=True).start(
+        grid, ARRAYS, num_rounds=10
+    )
+    for outcome in seen.outcomes[1:]:
+        assert len(outcome.reports) == 7 and len(outcome.failed) == 3
+    assert {name for outcome in seen.outcomes for name in outcome.failed} == set(names)

@@ -1,0 +1,91 @@
+"""`fedgraft client`: what runs on an edge machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from client.policy import Policy
+from deploy.client_config import DEFAULT_SERVER, ClientConfig, write_example
+from deploy.client_parts import parts
+from deploy.isolation import prepare
+from deploy.lock import only_one
+from deploy.merged_log import MergedLog
+from deploy.supervisor import OWN, Supervisor
+
+
+@click.command()
+@click.option("--config", "file", type=click.Path(path_type=Path), help="The client's file.")
+@click.option("--init", type=click.Path(path_type=Path), help="Write an example of that file.")
+@click.option("--keys", type=click.Path(path_type=Path), help="With --init: KEYS/clients/NAME.")
+@click.option("--server", default=DEFAULT_SERVER, show_default=True, help="With --init: HOST:PORT.")
+@click.option("--partition", type=click.IntRange(min=0), help="With --init: of the digits task.")
+@click.option("--partitions", default=3, show_default=True, help="With --init: of how many.")
+def client(
+    file: Path | None,
+    init: Path | None,
+    keys: Path | None,
+    server: str,
+    partition: int | None,
+    partitions: int,
+) -> None:
+    """Take part in a federation with the data of this machine.
+
+    \b
+    Example: fedgraft client --config client.toml
+
+    Write that file first: fedgraft client --init client.toml --keys KEYS/clients/NAME.
+    It starts the resident trainer, which holds base and data, and Flower's SuperNode, which speaks
+    to the server; restarts what dies; and stops on SIGTERM or Ctrl-C.
+    """
+    if (file is None) == (init is None):
+        raise click.UsageError("Name a file with --config, or write one with --init.")
+    if init is not None:
+        _write(init, keys, server, partition, partitions)
+    elif file is not None:
+        _run(file)
+
+
+def _write(
+    path: Path, keys: Path | None, server: str, partition: int | None, partitions: int
+) -> None:
+    if keys is None:
+        raise click.UsageError("--init needs --keys, the folder that `fedgraft keys client` made.")
+    base = "" if partition is None else _digits_base()
+    made = {"partition": partition, "partitions": partitions, "base_hash": base}
+    policy = write_example(path, keys, server=server, **made)  # type: ignore[arg-type]
+    ClientConfig.load(path)
+    click.echo(f"wrote {path} and {policy}; start it with: fedgraft client --config {path}")
+
+
+def _digits_base() -> str:
+    """Return the hash of the built-in base."""
+    from fedgraft.config import Config
+    from fedgraft.logs import hushed
+    from fedgraft.resident_model import resident_model, resident_task
+
+    with hushed():
+        config = Config().with_overrides({"model.device": "cpu"})
+        return resident_model(resident_task(config), config).base_hash
+
+
+def _run(file: Path) -> None:
+    config = ClientConfig.load(file)
+    Policy.load(config.policy)
+    name = config.client
+    with only_one(config.lock, "client"):
+        prepare(config)
+        log = MergedLog(config.log, screen=True)
+        try:
+            if not config.two_users:
+                log.write(
+                    OWN,
+                    "trainer and SuperNode are one Unix user: a hostile server's code could read "
+                    "this client's data (trainer-user, node-user)",
+                )
+            ready = f"client {name} is ready; its server is {config.server}"
+            supervisor = Supervisor(parts(config, file), log, config.parts)
+            supervisor.run(when_ready=lambda: log.write(OWN, ready))
+        finally:
+            log.close()

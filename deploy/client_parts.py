@@ -1,0 +1,99 @@
+"""The two processes of a client, as the supervisor keeps them running."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from client.resident.protocol import CLIENT, SOCKET
+from deploy import supernode
+from deploy.client_config import ClientConfig, user_and_group
+from deploy.supervisor import Part, listens
+from fedgraft.flower import flower_environment, free_port
+
+TRAINER, NODE = "trainer", "supernode"
+_KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "FEDGRAFT_TEST")
+"""What the SuperNode's processes, which count as the server's, see of our own environment."""
+_POLL_SECONDS = "0.05"
+
+
+def parts(config: ClientConfig, file: Path) -> list[Part]:
+    """Return the trainer and the SuperNode.
+
+    Args:
+        config: what `file` holds.
+        file: client.toml, which the trainer reads itself.
+    """
+    return [_trainer(config, file), _node(config)]
+
+
+def _trainer(config: ClientConfig, file: Path) -> Part:
+    environment = {k: v for k, v in os.environ.items() if k != "FEDGRAFT_SIMULATION"}
+    if config.two_users:
+        environment["HOME"] = str(config.kept)
+    return Part(
+        name=TRAINER,
+        command=[
+            *as_user(config.trainer_user),
+            *(sys.executable, "-m", "deploy.trainer", str(file.resolve())),
+        ],
+        ready=lambda: _answers(config.socket),
+        environment=environment,
+        folder=config.kept,
+        before=lambda: config.socket.unlink(missing_ok=True),
+        stop_seconds=30.0,  # a step of training may take as long
+        ready_seconds=180.0,
+    )
+
+
+def _node(config: ClientConfig) -> Part:
+    port = free_port()
+    environment = {
+        name: value
+        for name, value in flower_environment(config.node / "flower").items()
+        if name in _KEPT or name.startswith("FLWR_")
+    }
+    environment |= {
+        "HOME": str(config.node),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _POLL_SECONDS,
+        SOCKET: str(config.socket),
+        CLIENT: config.client,
+    }
+    options = ["--superlink", config.server, "--host", "127.0.0.1", "--port", str(port)]
+    if config.keys is None:
+        options.append("--insecure")
+    else:
+        keys = config.node_keys if config.two_users else config.keys
+        environment[supernode.CERTIFICATE] = str(keys / "client.crt")
+        environment[supernode.KEY] = str(keys / "client.key")
+        options += ["--root-certificates", str(keys / "ca.crt")]
+        options += ["--auth-supernode-private-key", str(keys / "node")]
+    return Part(
+        name=NODE,
+        command=[*as_user(config.node_user), sys.executable, "-m", "deploy.supernode", *options],
+        ready=listens(port),
+        environment=environment,
+        folder=config.node,
+    )
+
+
+def as_user(user: str | int | None) -> list[str]:
+    """Return what starts a command as a Unix user; nothing for our own.
+
+    It begins as root in a folder that the user may write to: -P keeps Python from importing what
+    lies there.
+    """
+    if user is None:
+        return []
+    return [sys.executable, "-P", "-m", "deploy.as_user", *map(str, user_and_group(user))]
+
+
+def _answers(path: Path) -> bool:
+    """Whether something accepts connections on a Unix socket."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.connect(str(path))
+        return True
+    return False

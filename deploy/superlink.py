@@ -1,0 +1,37 @@
+"""Flower's SuperLink as a part of a server: on loopback, with TLS, known nodes and a database."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from deploy.keys import Keys
+from deploy.server_config import ServerConfig
+from deploy.supervisor import Part, listens
+from fedgraft.flower import flower_environment, write_connection
+
+NAME = "superlink"
+_NOISE = re.compile(r"ListNodes|ListRuns|/v1/control/list-(nodes|runs) ")
+"""What `fedgraft status` and `fedgraft submit` ask again and again."""
+
+
+def superlink(config: ServerConfig, keys: Keys) -> Part:
+    """Return the SuperLink as a part to supervise, and write the connection that leads to it."""
+    write_connection(config.flower_home, config.superlink_port, keys.server / "ca.crt")
+    command = [
+        str(Path(sys.executable).parent / "flower-superlink"),
+        *("--host", "127.0.0.1", "--port", str(config.superlink_port)),
+        *("--ssl-ca-certfile", str(keys.server / "ca.crt")),
+        *("--ssl-certfile", str(keys.server / "server.crt")),
+        *("--ssl-keyfile", str(keys.server / "server.key")),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        *("--database", str(config.state / "superlink.db")),
+    ]
+    environment = flower_environment(config.flower_home) | {
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "PYTHONUNBUFFERED": "1",
+    }
+    ready = listens(config.superlink_port)
+    return Part(NAME, command, ready, environment=environment, folder=config.state, hides=_NOISE)

@@ -1,0 +1,178 @@
+"""What the server sends runs as another Unix user than the trainer, and gets nothing by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.client_config import ClientConfig
+from deploy.client_parts import as_user
+from deploy.isolation import NODE_KEYS, copy_keys, prepare, readable
+from fedgraft.errors import ConfigError
+from fedgraft.flower import free_port
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+TRAINER, NODE = 54321, 54322
+root = pytest.mark.skipif(os.geteuid() != 0, reason="two Unix users need root")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that every user may pass, unlike pytest's own, with a client of two users."""
+    made = Path(tempfile.mkdtemp(prefix="fg-"))
+    made.chmod(0o755)
+    for name, text in {
+        "policy.toml": 'tasks = ["causal-lm"]\nmetrics = []\n',
+        "rows.jsonl": '{"text": "secret"}\n',
+        "client.toml": (
+            f'server = "127.0.0.1:{free_port()}"\nname = "north"\n'
+            'policy = "policy.toml"\nstate = "state"\n'
+            f"trainer-user = {TRAINER}\nnode-user = {NODE}\n"
+            '[data]\npath = "rows.jsonl"\n[model]\ndevice = "cpu"\n'
+        ),
+    }.items():
+        (made / name).write_text(text)
+        (made / name).chmod(0o600)
+        if os.geteuid() == 0:
+            os.chown(made / name, TRAINER, TRAINER)
+    yield made
+    shutil.rmtree(made)
+
+
+@root
+def test_the_folders_are_each_for_who_may_use_them(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/sh")  # which every user can run
+    config = ClientConfig.load(folder / "client.toml")
+    prepare(config)
+    (config.kept / "ledger.jsonl").write_text("{}")
+    prepare(config)  # what is there already is given to the trainer, too
+    mine = [config.kept, config.kept / "ledger.jsonl", config.policy, folder / "rows.jsonl"]
+    assert readable(TRAINER, TRAINER, mine) == mine
+    assert readable(NODE, NODE, [*mine, config.state, config.socket.parent]) == []
+    assert readable(NODE, NODE, [config.node]) == [config.node]
+    assert readable(TRAINER, TRAINER, [config.node]) == []
+    assert (config.socket.parent.stat().st_mode & 0o777) == 0o710
+
+
+@root
+@pytest.mark.parametrize("name", ["policy.toml", "rows.jsonl"])
+def test_what_the_supernode_could_read_is_named(name: str, folder: Path):
+    (folder / name).chmod(0o644)
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can read .*{name}"):
+        prepare(ClientConfig.load(folder / "client.toml"))
+
+
+@root
+def test_what_the_trainer_cannot_read_is_named(folder: Path):
+    os.chown(folder / "rows.jsonl", 0, 0)
+    with pytest.raises(ConfigError, match=f"trainer-user {TRAINER} cannot read .*rows.jsonl"):
+        prepare(ClientConfig.load(folder / "client.toml"))
+
+
+@root
+def test_the_supernode_reads_its_keys_and_cannot_change_them(folder: Path):
+    (folder / "keys").mkdir(0o700)
+    for name in NODE_KEYS:
+        (folder / "keys" / name).write_text(name)
+        (folder / "keys" / name).chmod(0o600)
+    for _ in range(2):  # at every start
+        copy_keys(folder / "keys", folder / "copies", NODE)
+    copies = [folder / "copies" / name for name in NODE_KEYS]
+    assert readable(NODE, NODE, copies) == copies and readable(TRAINER, TRAINER, copies) == []
+    assert copies[0].read_text() == NODE_KEYS[0]
+    for path in (folder / "copies", *copies):
+        assert path.stat().st_uid == 0 and path.stat().st_mode & 0o022 == 0
+
+
+@root
+def test_nothing_that_the_supernode_left_in_its_folder_runs_as_root(folder: Path):
+    (folder / "ctypes.py").write_text("raise SystemExit(3)\n")
+    (folder / "deploy").mkdir()
+    (folder / "deploy" / "as_user.py").write_text("raise SystemExit(4)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*as_user(NODE), "id", "-u"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"{NODE}\n"), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may start two users' processes")
+def test_two_users_need_root(folder: Path):
+    with pytest.raises(ConfigError, match="only root can start two users' processes"):
+        ClientConfig.load(folder / "client.toml")
+
+
+def command() -> list[str]:
+    """Return what makes this Python reachable for every user, or skip the test."""
+    python = Path(sys.executable).resolve()
+    if not python.is_relative_to("/root"):
+        return []
+    below = Path("/root") / python.relative_to("/root").parts[0]
+    made = ["unshare", "--mount", "sh", str(HERE / "two_users.sh"), str(below)]
+    if not shutil.which("unshare") or subprocess.run([*made, "true"]).returncode:
+        pytest.skip("no other user can reach this Python, and nothing can be mounted here")
+    return made
+
+
+@root
+@pytest.mark.slow
+def test_a_hostile_clientapp_gets_neither_data_nor_more_than_the_policy_grants(folder: Path):
+    reach = command()
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    script = (
+        "import sys; from deploy.client_command import client;"
+        "client(['--config', sys.argv[1]], standalone_mode=False)"
+    )
+    log = folder / "state" / "log" / "client.log"
+    running = subprocess.Popen(
+        [*reach, sys.executable, "-c", script, str(folder / "client.toml")],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "err").open("w"),
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 240
+        while not log.exists() or "client north is ready" not in log.read_text():
+            assert running.poll() is None and time.monotonic() < end, (folder / "err").read_text()
+            time.sleep(0.05)
+        parts = json.loads((folder / "state" / "parts.json").read_text())
+        trainer, node = (psutil.Process(parts[name]["pid"]) for name in ("trainer", "supernode"))
+        assert (trainer.uids().real, node.uids().real) == (TRAINER, NODE)
+        private = [folder / n for n in ("policy.toml", "rows.jsonl", "client.toml")]
+        private += [folder / "state" / n for n in ("trainer", "log", "trainer/ledger.jsonl")]
+        hostile = [
+            *(*reach, sys.executable, "-m", "deploy.as_user", str(NODE), str(NODE)),
+            *(sys.executable, str(HERE / "hostile.py")),
+            *(str(folder / "state" / "socket" / "trainer.sock"), str(trainer.pid)),
+            *map(str, private),
+        ]
+        done = subprocess.run(
+            hostile, env=environment, cwd=folder, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        got = json.loads(done.stdout)
+        assert got["uid"] == NODE
+        assert set(got["reads"].values()) == {"PermissionError"}, got["reads"]
+        assert got["memory"] == got["environment"] == got["kill"] == "PermissionError"
+        assert got["hello"] == {"name": "north", "description": "", "memory": 0}
+        assert got["train"]["refusal"].startswith("policy of client north, tasks: the run's task")
+        assert got["code"]["refusal"].startswith("this client answers no message of type")
+        assert trainer.is_running()
+    finally:
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(90) == 0
+    assert not trainer.is_running() and not node.is_running()
