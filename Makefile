@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 DEMO ?= runs/demo
 
-.PHONY: help demo test lint format benchmarks clean
+.PHONY: help demo test soak lint format benchmarks clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -20,6 +20,9 @@ demo: .venv/installed  ## Compare three strategies over three seeds on real digi
 
 test: .venv/installed  ## Run all tests, slow ones included.
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+soak: .venv/installed  ## Run the long tests of real processes, in which faults are injected.
+	$(BIN)/python -m pytest -m soak
 
 lint: .venv/installed  ## Check style, types and the four floors.
 	$(BIN)/ruff check .

@@ -14,11 +14,10 @@ _Above0 = Annotated[float, Field(gt=0.0)]
 
 _RATES: dict[Kind, float] = {"avgm": 1.0, "adagrad": 0.03, "yogi": 0.01, "adam": 0.01}
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
-    "none": (),
     "avgm": ("server-lr", "server-momentum"),
     "adagrad": ("server-lr", "server-momentum", "server-tau"),
 }
-"""What an optimiser uses of the settings below; those that are not named use all."""
+"""What an optimiser uses of the settings below; those that are not named here use all."""
 
 
 class RuleOptions(Group):

@@ -93,8 +93,13 @@ class UpdateSpool:
         self.clear()
 
     def largest_rank(self, whole: int) -> int:
-        """Return the largest rank that any client has, `whole` being the server's."""
-        return max(whole if u.rank is None else u.rank for u in self._updates.values())
+        """Return the largest rank that any client has, or, without clients, the server's.
+
+        Args:
+            whole: the server's rank, which clients have that named no other.
+        """
+        ranks = (whole if u.rank is None else u.rank for u in self._updates.values())
+        return max(ranks, default=whole)
 
     def add(self, client: str, weight: float, tensors: Tensors, *, rank: int | None = None) -> None:
         """Keep one client's update; its tensors must not change afterwards.

@@ -40,6 +40,7 @@ OWN: dict[str, dict[str, Any]] = {
     "scaffold": {"train.optimizer": "sgd", "train.grad-clip": 0.0, "train.lr": 0.01},
     "krum": {"strategy.byzantine": 0, "federation.fraction": 1.0},
     "multi-krum": {"strategy.byzantine": 0, "federation.fraction": 1.0},
+    "trimmed-mean": {"strategy.byzantine": 0},
 }
 """What a rule needs beside the common settings."""
 

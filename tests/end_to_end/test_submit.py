@@ -217,7 +217,7 @@ def test_the_printed_lines_end_with_the_simulations_adapter_on_every_client(
     assert "260 training examples" in found["data"]["text"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(2400)
 def test_killed_server_app_and_superlink_lose_no_finished_round(
     federation: Federation, simulated: Path
