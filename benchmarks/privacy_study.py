@@ -445,7 +445,7 @@ class Silence:
         return torch.zeros(shape, dtype=torch.float64)
 
     def poisson_sample(self, count: int, rate: float) -> Any:
-        raise NotImplementedError
+        raise AssertionError("the batches of a measured round are given")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ def _write(
 ) -> None:
     if keys is None:
         raise click.UsageError("--init needs --keys, the folder that `fedgraft keys client` made.")
+    if partition is not None and not 0 <= partition < partitions:
+        raise click.UsageError(
+            f"--partition {partition} of --partitions {partitions}: take 0 to {partitions - 1}."
+        )
     base = "" if partition is None else _digits_base()
     made = {"partition": partition, "partitions": partitions, "base_hash": base}
     policy = write_example(path, keys, server=server, **made)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from command_line import call
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -141,3 +142,10 @@ def test_every_key_and_clause_is_on_the_clients_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
     for key in (*known_keys(ClientConfig), *known_keys(Policy)):
         assert f"`{key}`" in page, key
+
+
+def test_a_partition_that_is_none_writes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "client.toml"
+    done = call("client", "--init", file, "--keys", tmp_path, "--partition", "3")
+    assert done.status == 2 and "--partition 3 of --partitions 3: take 0 to 2" in done.err
+    assert list(tmp_path.iterdir()) == []
