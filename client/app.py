@@ -13,6 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.node import ADAPTERS, Node, memory_of
+from client.private_round import account_of
 from client.received import keep
 from client.seat import RoundOfWork, Seat
 from fedgraft.adapter import to_arrays
@@ -37,6 +38,18 @@ def hello(message: Message, context: Context) -> Message:
     description = "" if hidden else resident_task(config).describe(node.index)
     answer = Hello(node.name, description, memory_of(context.node_config))
     return Message(answer.encode(), reply_to=message)
+
+
+@app.query("spent")
+def spent(message: Message, context: Context) -> Message:
+    """Answer with the epsilon of all that this client's data have ever been asked."""
+    config = Config.from_run_config(context.run_config)
+    try:
+        account = account_of(config, resident_task(config), Node.of(context, config))
+        reply = Reply(metrics={"epsilon": account.epsilon()})
+    except FedGraftError as error:
+        reply = _refusal(error)
+    return Message(reply.encode(), reply_to=message)
 
 
 @app.query("adapter")
@@ -79,7 +92,7 @@ def _train(message: Message, context: Context) -> Reply:
     request = TrainRequest.decode(message.content)
     seat = Seat.take(context, config, request, done=False)
     work = RoundOfWork(seat)
-    update = seat.rule.local(work.for_rule())
+    update = work.update()
     work.keep(update.kept)
     update = work.outgoing(update)
     tensors = update.tensors

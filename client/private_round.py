@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+from client.node import Node
 from client.private_training import Privately, sampling_rate
 from fedgraft.config import Config
 from fedgraft.deployed import is_deployed
@@ -26,6 +27,16 @@ def fingerprint_of(task: Task, index: int) -> str:
     if index not in known:
         known[index] = task.fingerprint(index)
     return known[index]
+
+
+def account_of(config: Config, task: Task, node: Node) -> Account:
+    """Return the account of a node's data, to be read.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+    """
+    fingerprint = fingerprint_of(task, node.index)
+    return Account(Ledger(node.ledger), fingerprint, "", config.privacy, limits=node.limits)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ def hello(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+@app.query("spent")
+def spent(message: Message, context: Context) -> Message:
+    """Ask the trainer what the client's data have spent."""
+    return _relayed(message, context)
+
+
 @app.query("adapter")
 def keep_adapter(message: Message, context: Context) -> Message:
     """Let the trainer keep the adapter that a run has come to."""

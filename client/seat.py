@@ -23,7 +23,14 @@ from client.private_round import PrivateRound
 from client.trainer import Assignment, LocalResult, train
 from fedgraft.adapter import Adapter, Tensors, digest, from_arrays, parse_factor
 from fedgraft.config import Config
-from fedgraft.errors import PrivacyError, RunError, UpdateError
+from fedgraft.devices import is_out_of_memory
+from fedgraft.errors import (
+    ConfigError,
+    DiskFullError,
+    PrivacyError,
+    StoppedError,
+    UpdateError,
+)
 from fedgraft.messages import CONSTANT, RESIDUAL, RULE, TrainRequest
 from fedgraft.resident_model import ResidentModel, resident_model, resident_task
 from fedgraft.tasks.task import Task
@@ -144,6 +151,7 @@ class RoundOfWork:
         self._keep_optimizer = seat.config.train.optimizer_state == "keep"
         self.last: LocalResult | None = None
         self._loss: float | None = None  # of a round that only looked at gradients
+        self._learns = True
         check_privacy(seat.rule, seat.config)
         self._private: PrivateRound | None = None
         self._noise: LocalNoise | None = None
@@ -153,6 +161,31 @@ class RoundOfWork:
             self._private = PrivateRound.open(*place, limits=node.limits)
         elif mode == "local":
             self._noise = LocalNoise.pay(*place, limits=node.limits)
+
+    def update(self) -> LocalUpdate:
+        """Let the client's half of the rule work, and return what it would send.
+
+        Where a whole update is noised, a failure that may come of the data is told to nobody: the
+        client then works as one that learns nothing, and noise alone leaves.
+
+        Raises:
+            RunError: the training diverged.
+            StoppedError: nobody waits for the update any more.
+            DiskFullError: the disk of this client is full.
+        """
+        rule = self._seat.rule
+        if self._noise is None:
+            return rule.local(self.for_rule())
+        try:
+            return rule.local(self.for_rule())
+        except (StoppedError, DiskFullError, ConfigError, PrivacyError, UpdateError):
+            raise  # none of them comes of the data
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning("%s: this round's update is noise alone", error)
+        self._learns = False
+        return rule.local(self.for_rule())
 
     def for_rule(self) -> LocalWork:
         """Return what the rule's client half sees."""
@@ -174,6 +207,8 @@ class RoundOfWork:
 
     def _train(self, start: Tensors, how: Training) -> Trained:
         seat = self._seat
+        if not self._learns:
+            return Trained(dict(seat.adapter(start).tensors(how.factors, extras=how.extras)))
         state = _under(OPTIMIZER, seat.kept) if self._keep_optimizer else {}
         config, request = seat.config, seat.request
         work = Assignment(
@@ -186,18 +221,9 @@ class RoundOfWork:
         )
         if self._private is not None:
             work = replace(work, private=self._private.pay(work.steps(len(self.examples))))
-        try:
-            self.last = train(
-                seat.model, seat.task, self.examples, seat.adapter(start), work, state or None
-            )
-        except RunError as error:
-            if self._noise is None:
-                raise
-            # A refusal would tell of the data: noise alone leaves, as from a client that learned
-            # nothing.
-            log.warning("%s: this round's update is noise alone", error.message)
-            trained = seat.adapter(start).tensors(how.factors, extras=how.extras)
-            return Trained(dict(trained))
+        self.last = train(
+            seat.model, seat.task, self.examples, seat.adapter(start), work, state or None
+        )
         return self.last
 
     def _sketch(
@@ -210,6 +236,14 @@ class RoundOfWork:
                 '"example"',
                 "Use another rule, or another mode.",
             )
+        if not self._learns:
+            return {
+                name: (
+                    psi.new_zeros(psi.shape[1], omega.shape[1]),
+                    psi.new_zeros(len(psi), len(omega)),
+                )
+                for name, (omega, psi) in probes.items()
+            }
         sketches, self._loss = gradient_sketches(
             seat.model, seat.task, self.examples, seat.adapter(), probes
         )

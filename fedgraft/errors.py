@@ -11,6 +11,8 @@ DIVERGED = "training diverged"
 """How the reason begins of a client whose loss is no number any more."""
 BUDGET = "the privacy budget is spent"
 """How the reason begins of a client that would spend more than its budget."""
+POLICY = "policy of client"
+"""How the reason begins of a client whose policy forbids it; then its name, a comma, the clause."""
 NO_MEMORY = "there is not enough memory"
 """How the reason begins of a client whose device or machine has no more to give."""
 

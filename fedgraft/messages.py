@@ -24,8 +24,9 @@ _LARGEST_METRIC = 1e15
 _LONGEST_NAME, _LONGEST_DESCRIPTION = 100, 200
 WEIGHT = "num-examples"
 HELLO = "query.hello"
+SPENT = "query.spent"
 KEEP = "query.adapter"
-"""Message types of our own: who are you, and keep this adapter."""
+"""Message types of our own: who are you, what have your data spent, and keep this adapter."""
 _Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 

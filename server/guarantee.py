@@ -26,21 +26,28 @@ _ACCOUNTANT: dict[Literal["rdp", "pld"], str] = {
 }
 
 
-def guarantee(config: Config, epsilon: float | None, *, deployed: bool) -> dict[str, Any] | None:
+def guarantee(
+    config: Config, epsilon: float | None, *, deployed: bool, untold: int = 0
+) -> dict[str, Any] | None:
     """Return what goes into records of a run, as plain JSON values; None for a run without privacy.
 
     Args:
         config: the run's.
-        epsilon: of all releases in the ledgers, the largest over clients; None before the first.
+        epsilon: of all releases in the ledgers, the largest over clients that tell it; None before
+            the first.
+        untold: how many clients do not tell theirs: then the run's own is not known.
         deployed: noise and samples come from the operating system. In a simulation they come from
             the run's seed, and the figure is that of a study.
     """
     privacy = config.privacy
     if privacy.mode == "none":
         return None
+    told = epsilon if epsilon is not None and math.isfinite(epsilon) else None
     return {
         "mode": privacy.mode,
-        "epsilon": epsilon if epsilon is not None and math.isfinite(epsilon) else None,
+        "epsilon": None if untold else told,
+        "told": told,
+        "untold": untold,
         "delta": privacy.delta,
         "unit": _UNIT[privacy.mode],
         "relation": _RELATION[privacy.mode],
@@ -55,6 +62,9 @@ def in_words(promised: Mapping[str, Any] | None) -> str:
     if promised is None:
         return "none"
     amount = "without bound" if promised["epsilon"] is None else rounded_up(promised["epsilon"])
+    if untold := promised["untold"]:
+        least = "nothing" if promised["told"] is None else rounded_up(promised["told"])
+        amount = f"unknown, since {untold} do not tell theirs (the others: {least}),"
     said = (
         f"epsilon {amount} at delta {promised['delta']:g} for {promised['unit']} "
         f"({promised['relation']}), against {promised['against']}; "

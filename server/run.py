@@ -38,6 +38,7 @@ from server.guarantee import guarantee
 from server.handout import hand_out
 from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
+from server.spent import ask_spent
 from server.summary import Bookkeeping, summarise
 from server.tracking import TensorBoard, round_record
 from strategies.fitness import check_rule
@@ -152,6 +153,7 @@ class FederatedRun(RoundHooks):
             clients=config.federation.min_clients if self.deployed else config.federation.clients,
             min_clients=config.federation.min_clients,
             seed=config.seed,
+            secret=self._keeps_back,  # the seed stands in the record
             evaluate_every=config.evaluate.every if self._clients_evaluate else 0,
             derive_A=config.adapter.starts_at_zero,  # any other A is in no seed
             lineage=self.lineage,
@@ -189,9 +191,13 @@ class FederatedRun(RoundHooks):
 
     def _continue(self, checkpoint: Checkpoint) -> None:
         log.info("Continuing after round %d", checkpoint.state.round)
-        self.directory.keep_rounds(last=checkpoint.state.round)
         self.best = checkpoint.best
         self.books = Bookkeeping(**checkpoint.notes)
+        # What clients told in rounds that are now done anew is spent all the same.
+        told = [self.books.epsilon, *(record.get("epsilon") for record in self.directory.rounds())]
+        spent = max((value for value in told if value is not None), default=None)
+        self.books = replace(self.books, epsilon=spent)
+        self.directory.keep_rounds(last=checkpoint.state.round)
         self._resumed_wall = self.books.wall_seconds
 
     def _finished(self, round: int) -> bool:
@@ -263,7 +269,8 @@ class FederatedRun(RoundHooks):
         stop = self._out_of_patience()
         self.books = replace(self.books, stopped_early=stop)
         last = stop or outcome.state.round == self.config.federation.rounds
-        if last or outcome.state.round % self.config.checkpoint.every == 0:
+        paid = self.config.privacy.mode != "none"  # what a budget has bought is never lost
+        if last or paid or outcome.state.round % self.config.checkpoint.every == 0:
             self._save(outcome)
         return stop
 
@@ -312,9 +319,22 @@ class FederatedRun(RoundHooks):
         known = [value for value in (*told, self.books.epsilon) if value is not None]
         return max(known, default=None)
 
+    def _settle(self, grid: Grid) -> None:
+        """Bring the books' epsilon to what the ledgers say, rounds without a result included."""
+        assert self.books is not None
+        if self.private is not None:
+            self.books = replace(self.books, epsilon=self.private.account.epsilon())
+        elif self.config.privacy.against_server:
+            enough = self.config.federation.min_clients
+            told = ask_spent(grid, self.roster, enough=enough).values()
+            known = [value for value in (*told, self.books.epsilon) if value is not None]
+            untold = sum(value is None for value in told)
+            self.books = replace(self.books, epsilon=max(known, default=None), untold=untold)
+
     def _guarantee(self) -> dict[str, Any] | None:
         assert self.books is not None
-        return guarantee(self.config, self.books.epsilon, deployed=self.deployed)
+        books = self.books
+        return guarantee(self.config, books.epsilon, deployed=self.deployed, untold=books.untold)
 
     def _save(self, outcome: RoundOutcome) -> None:
         assert self.books is not None
@@ -382,6 +402,7 @@ class FederatedRun(RoundHooks):
             final = self._test(self.best, {})
         wall = self._resumed_wall + time.perf_counter() - self._began
         self.books = replace(self.books, wall_seconds=wall)
+        self._settle(grid)
         records = self.directory.rounds()
         summary = summarise(
             self.config,

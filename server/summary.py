@@ -27,6 +27,7 @@ class Bookkeeping:
         stopped_early: patience ran out.
         budget_spent: the clients' privacy budget ran out.
         epsilon: the largest that a client has told of so far; None without privacy.
+        untold: clients that do not tell theirs.
         wall_seconds: over all sessions, evaluation and checkpoints included.
         descriptions: what each client says its data is.
     """
@@ -38,6 +39,7 @@ class Bookkeeping:
     stopped_early: bool = False
     budget_spent: bool = False
     epsilon: float | None = None
+    untold: int = 0
     wall_seconds: float = 0.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
     initial_metrics: Mapping[str, float] = field(default_factory=dict)
@@ -178,9 +180,10 @@ def _bytes(records: Iterable[Mapping[str, Any]], key: str) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def _seconds(records: Iterable[Mapping[str, Any]], phase: str) -> float:
-    total: float = sum(record["seconds"].get(phase, 0.0) for record in records)
-    return round(total, 3)
+def _seconds(records: Iterable[Mapping[str, Any]], phase: str) -> float | None:
+    """Return the seconds of a phase in all rounds; None where they keep them back."""
+    spent = [record["seconds"][phase] for record in records if phase in record["seconds"]]
+    return round(sum(spent), 3) if spent else None
 
 
 def _client_values(records: Iterable[Mapping[str, Any]], name: str) -> Iterable[float]:

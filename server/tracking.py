@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+OWN_SECONDS = ("evaluate",)
+"""Phases of a round whose length tells nothing of who took part: the server's own."""
+
+
 def round_record(
     outcome: RoundOutcome,
     validation: Mapping[str, float] | None,
@@ -35,7 +39,8 @@ def round_record(
         privacy: what the run has promised so far, see `server.guarantee`.
     """
     if keep_back:
-        outcome = RoundOutcome(outcome.state, seconds=outcome.seconds, notes=outcome.notes)
+        own = {name: outcome.seconds[name] for name in OWN_SECONDS if name in outcome.seconds}
+        outcome = RoundOutcome(outcome.state, seconds=own, notes=outcome.notes)
     names = sorted(outcome.reports.keys() | outcome.validation.keys(), key=natural_order)
     bias = outcome.bias
     return {

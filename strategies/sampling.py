@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import SystemRandom
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,15 @@ Sampling = Literal["fixed", "poisson"]
 def sample_size(fraction: float, clients: int) -> int:
     """Return how many of the clients a round samples: at least one, halves rounded up."""
     return max(1, int(fraction * clients + 0.5))
+
+
+def secretly_sampled(names: Sequence[str], fraction: float, sampling: Sampling) -> list[str]:
+    """Return the clients of a round as `sampled` does, by the operating system's entropy alone."""
+    source = SystemRandom()
+    if sampling == "poisson":
+        return [name for name in names if source.random() < fraction]
+    count = min(sample_size(fraction, len(names)), len(names))
+    return [names[at] for at in sorted(source.sample(range(len(names)), count))]
 
 
 def sampled(

@@ -53,7 +53,7 @@ from strategies.roster import Roster
 from strategies.round_loop import RoundLoop
 from strategies.rounds import ClientReport, RoundHooks, RoundOutcome, StrategyState
 from strategies.rule import Rule, SumOnlyRule
-from strategies.sampling import Sampling, sampled
+from strategies.sampling import Sampling, sampled, secretly_sampled
 from strategies.spool import UpdateSpool
 from strategies.validation import ABSURD, Intake, norm
 
@@ -75,6 +75,7 @@ class AdapterStrategy(Strategy):
         clients: how many clients to wait for before the first round.
         min_clients: fewer usable updates than this end the run.
         seed: of the run; client samples are drawn from it.
+        secret: draw them from the operating system's entropy instead.
         evaluate_every: ask the clients for their metrics every so many rounds; 0 for never.
         deadline: seconds to wait for replies; None takes `timeout` of `start`.
         derive_A: let A be derived from the seed on both sides where the rule allows it. FedGraft's
@@ -88,6 +89,8 @@ class AdapterStrategy(Strategy):
         hooks: what to do around rounds.
         privacy: clip and noise what the rule sums, see `strategies.client_privacy`; its rate takes
             the place of `fraction`, sampling is Poisson, and no number of updates ends the run.
+            Releases are written down by `hooks.on_release` and nowhere else: its default keeps no
+            ledger.
         ours: every client is FedGraft's own, see `strategies.roster.Roster`.
 
     Raises:
@@ -106,6 +109,7 @@ class AdapterStrategy(Strategy):
         clients: int = 1,
         min_clients: int = 1,
         seed: int = 0,
+        secret: bool = False,
         evaluate_every: int = 1,
         deadline: float | None = None,
         derive_A: bool = False,
@@ -130,6 +134,7 @@ class AdapterStrategy(Strategy):
         self.clients = clients
         self.min_clients = min_clients
         self.seed = seed
+        self.secret = secret
         self.evaluate_every = evaluate_every
         self.deadline = deadline
         self.derive_A = derive_A
@@ -281,12 +286,15 @@ class AdapterStrategy(Strategy):
     def sample(self, round: int) -> list[str]:
         """Return the clients of a round, a function of seed, round and the names that are there.
 
-        Under privacy by client the source of the run's noise draws them instead.
+        Under privacy by client the source of the run's noise draws them instead, and secret samples
+        are a function of nothing.
         """
         names = self.roster.names()
         if self.privacy is not None:
             source = self.privacy.randomness("sample", round)
             return [names[at] for at in source.poisson_sample(len(names), self.privacy.rate)]
+        if self.secret:
+            return secretly_sampled(names, self.fraction, self.sampling)
         return sampled(
             names, self.fraction, self.sampling, stream(self.seed, "sample", round=round)
         )

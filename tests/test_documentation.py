@@ -46,6 +46,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_holds_a_runs_log(page: Path) -> None:
+    assert not re.search(r"^\S.*seed \d+: (round|test) ", page.read_text(), re.MULTILINE)
+
+
 def test_every_rule_has_a_place_in_the_strategies_page() -> None:
     text = (ROOT / "docs" / "strategies.md").read_text()
     for name in rule_names():

@@ -12,7 +12,7 @@ SOCKET = "FEDGRAFT_TRAINER"
 """Environment variable with the path of the trainer's socket."""
 CLIENT = "FEDGRAFT_CLIENT"
 """Environment variable with the client's name, which stands in refusals where no trainer does."""
-KINDS = ("query.hello", "train", "evaluate", "query.adapter")
+KINDS = ("query.hello", "train", "evaluate", "query.spent", "query.adapter")
 """The message types that a trainer answers."""
 LARGEST_MESSAGE = 512 * 2**20
 """Bytes of one order or result: an adapter of 200 MiB with as much beside it fits."""

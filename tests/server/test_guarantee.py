@@ -22,6 +22,8 @@ def test_every_figure_stands_with_its_words() -> None:
     assert found == {
         "mode": "example",
         "epsilon": 2.7182,
+        "told": 2.7182,
+        "untold": 0,
         "delta": 1e-5,
         "unit": "one example of a client",
         "relation": "add-or-remove-one",
@@ -33,6 +35,20 @@ def test_every_figure_stands_with_its_words() -> None:
         "epsilon 2.719 at delta 1e-05 for one example of a client (add-or-remove-one), against "
         "everybody, the server included; Renyi (RDP) accountant, all that the ledgers hold"
     )
+
+
+def test_clients_that_do_not_tell_leave_the_epsilon_unknown() -> None:
+    found = guarantee(private("example"), 2.7182, deployed=True, untold=2)
+    assert found is not None and (found["epsilon"], found["told"], found["untold"]) == (
+        None,
+        2.7182,
+        2,
+    )
+    assert in_words(found).startswith(
+        "epsilon unknown, since 2 do not tell theirs (the others: 2.719), at delta 1e-05"
+    )
+    nobody = guarantee(private("example"), None, deployed=True, untold=1)
+    assert "epsilon unknown, since 1 do not tell theirs (the others: nothing)," in in_words(nobody)
 
 
 def test_a_study_says_that_it_is_none_and_a_relation_what_it_is() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import Summary, go, new, saved, state
+from small_runs import Killed, Summary, go, new, saved, state
 
 from fedgraft.config import Config
 from fedgraft.deployed import simulation
@@ -17,6 +17,8 @@ from fedgraft.privacy.figures import rounded_up
 from fedgraft.privacy.ledger import Entry, Ledger
 from fedgraft.run_directory import RunDirectory
 from server.client_privacy import fingerprint, ledger_folder
+from server.run import FederatedRun
+from strategies.rounds import RoundOutcome
 
 CLIENT: dict[str, Any] = {
     "privacy__mode": "client",
@@ -104,6 +106,52 @@ def test_noise_is_found_for_the_budget_and_the_run_ends_within_it(
 
 
 @pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("mode", ["client", "example", "local"])
+def test_a_killed_run_tells_all_that_its_ledgers_hold(
+    tmp_path: Path, tiny: Config, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last round was paid for, it can pay for no other, and keeps the others."""
+    settings: dict[str, Any] = {"privacy__mode": mode, "privacy__target_epsilon": 6.0}
+    if mode == "client":
+        settings |= {"federation__fraction": 0.7, "federation__sampling": "poisson"}
+    directory = new(tmp_path / "run", tiny, checkpoint__every=9, **settings)
+
+    def killed(self: FederatedRun, outcome: RoundOutcome) -> bool:
+        if outcome.state.round == 3:
+            raise Killed
+        return on_round(self, outcome)
+
+    on_round = FederatedRun.on_round
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(FederatedRun, "on_round", killed)
+        go(directory)
+    summary = go(directory)
+    assert summary["budget_spent"] and summary["rounds"] == 2
+    ledgers = [Ledger(path) for path in sorted(directory.ledgers.glob("*.jsonl"))]
+    assert all([entry.round for entry in ledger.entries] == [1, 2, 3] for ledger in ledgers)
+    spent = [led.epsilon(led.entries[0].fingerprint, 1e-5, "rdp") for led in ledgers]
+    assert summary["epsilon"] == max(spent) > 5.5
+
+
+@pytest.mark.usefixtures("simulated")
+def test_whatever_fails_under_local_noise_noise_alone_leaves(
+    tmp_path: Path, tiny: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was trained is infinite, which the rule's own work on the client cannot bear."""
+    settings: dict[str, Any] = {
+        "privacy__mode": "local",
+        "privacy__noise_multiplier": 0.01,
+        "strategy__name": "fedrot-lora",
+        "federation__rounds": 2,
+        "train__lr": 1e39,
+    }
+    directory, _ = finished(tmp_path / "run", tiny, **settings)
+    for record in directory.rounds()[1:]:
+        assert len(record["clients"]) == 2 and not record["failed"] and not record["refused"]
+    assert sum("noise alone" in line for line in caplog.messages) == 4
+
+
+@pytest.mark.usefixtures("simulated")
 def test_a_new_run_pays_for_the_ones_before(tmp_path: Path, tiny: Config) -> None:
     directory, _ = finished(tmp_path / "first", tiny, **CLIENT)
     again = new(tmp_path / "again", tiny, **CLIENT)
@@ -134,6 +182,7 @@ def test_a_deployed_run_shows_what_noise_covers(
         assert record["failed"] == record["refused"] == {}
         assert record["train_loss"] is record["bytes_up"] is record["bytes_down"] is None
         assert record["aggregation_bias"] is None and "signal_to_noise" not in record
+        assert record["seconds"].keys() <= {"evaluate"}  # a training's length tells of the sample
     summary = one.summary()
     assert summary is not None
     assert summary["bytes_up"] is None and summary["client_examples"] == {}

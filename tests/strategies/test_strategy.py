@@ -33,7 +33,7 @@ from fedgraft.messages import Reply
 from simulations.in_process import InProcessGrid
 from strategies.fedavg import MEANS
 from strategies.rule import Capabilities, LayerContext, LayerResult, Phase, SumOnlyRule
-from strategies.sampling import sample_size
+from strategies.sampling import Sampling, sample_size, secretly_sampled
 from strategies.strategy import AdapterStrategy
 
 # Order and names
@@ -94,6 +94,21 @@ def test_sampling_follows_names_seed_and_round():
     assert first[:4] == FROZEN_SAMPLES
     letters = sampled(("a", "b", "c", "d"))
     assert [["abcd"[int(n)] for n in names] for names in first] == letters
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_secret_samples_follow_nothing_and_miss_nobody(sampling: Sampling):
+    names = [str(n) for n in range(40)]
+    drawn = [secretly_sampled(names, 0.5, sampling) for _ in range(60)]
+    assert len({tuple(found) for found in drawn}) == 60
+    assert all(found == sorted(found, key=int) for found in drawn)
+    sizes = {len(found) for found in drawn}
+    assert sizes == {20} if sampling == "fixed" else len(sizes) > 1
+    # 30 of 60 on average; ten standard deviations off has a chance of 1e-22
+    assert all(0 < sum(name in found for found in drawn) < 60 for name in names)
+    seen = [run(rounds=8, fraction=0.5, secret=True, sampling=sampling) for _ in range(2)]
+    first, second = ([o.sampled for o in found.outcomes] for found in seen)
+    assert first != second
 
 
 FROZEN_SAMPLES = [["1", "3"], ["0", "1"], ["2", "3"], ["0", "1"]]
