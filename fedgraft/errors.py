@@ -13,6 +13,10 @@ BUDGET = "the privacy budget is spent"
 """How the reason begins of a client that would spend more than its budget."""
 NO_MEMORY = "there is not enough memory"
 """How the reason begins of a client whose device or machine has no more to give."""
+POLICY = "policy of client"
+"""How the reason begins of a client whose policy forbids it; then its name, a comma, the clause."""
+LIFETIME = "lifetime-epsilon"
+"""The clause that bounds all that a client's data may ever spend."""
 
 
 class FedGraftError(Exception):

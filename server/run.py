@@ -39,7 +39,7 @@ from server.handout import hand_out
 from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
 from server.summary import Bookkeeping, summarise
-from server.tracking import TensorBoard, round_record
+from server.tracking import TensorBoard, round_record, told_by_clients
 from strategies.fitness import check_rule
 from strategies.ranks import by_rank, by_root
 from strategies.registry import build_rule
@@ -104,6 +104,7 @@ class FederatedRun(RoundHooks):
         self.roster = Roster(ours=True)
         self.best: Adapter | None = None
         self.books: Bookkeeping | None = None
+        self.told = directory.clients()
         self._clients_final: dict[str, float] | None = None
         self._resumed_wall = 0.0
         self._began = time.perf_counter()
@@ -286,6 +287,7 @@ class FederatedRun(RoundHooks):
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
         self.books = replace(self.books, epsilon=self._epsilon(outcome))
+        self._note_told(outcome)
         record = round_record(
             outcome,
             validation,
@@ -311,6 +313,17 @@ class FederatedRun(RoundHooks):
         told = [report.metrics.get("epsilon") for report in outcome.reports.values()]
         known = [value for value in (*told, self.books.epsilon) if value is not None]
         return max(known, default=None)
+
+    def _note_told(self, outcome: RoundOutcome) -> None:
+        """Keep what clients told of their budgets and policies: of the last time, and not of when.
+
+        That is no secret in any mode: budgets are told in those in which the server may know who
+        was asked, and of a client whose policy refuses nothing has been released.
+        """
+        found = told_by_clients(self.config, outcome)
+        if found:
+            self.told |= {name: self.told.get(name, {}) | new for name, new in found.items()}
+            self.directory.write_clients(self.told)
 
     def _guarantee(self) -> dict[str, Any] | None:
         assert self.books is not None
@@ -392,6 +405,7 @@ class FederatedRun(RoundHooks):
             peak_memory(self.model.device),
             self._estimated_memory(),
             self._guarantee(),
+            self.told,
         )
         card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)
