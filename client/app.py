@@ -46,7 +46,7 @@ def spent(message: Message, context: Context) -> Message:
     config = Config.from_run_config(context.run_config)
     try:
         account = account_of(config, resident_task(config), Node.of(context, config))
-        reply = Reply(metrics={"epsilon": account.epsilon()})
+        reply = Reply(metrics=account.told())
     except FedGraftError as error:
         reply = _refusal(error)
     return Message(reply.encode(), reply_to=message)

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from fedgraft.config import Config, Group, Positive, known_keys
 from fedgraft.config_errors import config_error
-from fedgraft.errors import ConfigError, PolicyError, RunError
+from fedgraft.errors import LIFETIME, POLICY, ConfigError, PolicyError, RunError
 from fedgraft.files import write_text
 from fedgraft.privacy.ledger import Ledger
 from fedgraft.privacy.limits import Limits
@@ -60,8 +60,10 @@ largest-rank = 64
 rounds-per-day = 1000  # trainings begun within any 24 hours
 
 # What may leave beside the adapter. "num-examples": without it the client counts as one example;
-# "description": labels or domain of its data; "memory": of its machine.
-metrics = ["loss", "steps", "seconds", "accuracy", "examples", "epsilon", "num-examples"]
+# "description": labels or domain of its data; "memory": of its machine; "epsilon", "epsilon-left":
+# what the data have spent, and what is left of lifetime-epsilon.
+metrics = ["loss", "steps", "seconds", "accuracy", "examples", "num-examples",
+  "epsilon", "epsilon-left"]
 """
 
 
@@ -142,7 +144,7 @@ class Policy(Group):
                 )
         if self.lifetime_epsilon is not None and not privacy.against_server:
             say.refuse(
-                "lifetime-epsilon",
+                LIFETIME,
                 f'the run\'s privacy.mode is "{privacy.mode}", whose cost no ledger here counts',
             )
         say.unless_listed("tasks", "task.name", config.task.name, self.tasks)
@@ -233,7 +235,7 @@ class _Refusals:
     client: str
 
     def refuse(self, clause: str, why: str) -> None:
-        raise PolicyError(f"policy of client {self.client}, {clause}: {why}")
+        raise PolicyError(f"{POLICY} {self.client}, {clause}: {why}")
 
     def unless_listed(self, clause: str, key: str, found: str, allowed: list[str] | None) -> None:
         if allowed is not None and found not in allowed:

@@ -283,15 +283,16 @@ class RoundOfWork:
     def metrics(self) -> dict[str, float]:
         """Return the round's agreed numbers: the last training's loss, steps and seconds.
 
-        Under privacy steps and the epsilon of all that these data have ever been asked: a loss, or
+        Under privacy steps, the epsilon of all that these data have ever been asked and what their
+        owner leaves of it: a loss, or
         how long the batches drawn took, would say more than the noise lets through. Where a whole
         update is noised, not even steps, which may tell how many examples there are.
         """
         if self._noise is not None:
-            return {"epsilon": self._noise.account.epsilon()}
+            return self._noise.account.told()
         if self._private is not None:
             steps = float(self.last.steps) if self.last is not None else 0.0
-            return {"steps": steps, "epsilon": self._private.ledger.epsilon()}
+            return {"steps": steps} | self._private.ledger.told()
         if self.last is None:
             loss = {} if self._loss is None else {"loss": self._loss}
             return {**loss, "steps": 0.0, "seconds": 0.0}

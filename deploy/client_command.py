@@ -6,20 +6,16 @@ from pathlib import Path
 
 import click
 
-from client.policy import Policy
-from deploy.client_config import DEFAULT_SERVER, ClientConfig, write_example
-from deploy.client_parts import parts
-from deploy.isolation import prepare
-from deploy.lock import only_one
-from deploy.merged_log import MergedLog
-from deploy.supervisor import OWN, Supervisor
+from deploy.config_file import DEFAULT_GATEWAY
 
 
 @click.command()
 @click.option("--config", "file", type=click.Path(path_type=Path), help="The client's file.")
 @click.option("--init", type=click.Path(path_type=Path), help="Write an example of that file.")
 @click.option("--keys", type=click.Path(path_type=Path), help="With --init: KEYS/clients/NAME.")
-@click.option("--server", default=DEFAULT_SERVER, show_default=True, help="With --init: HOST:PORT.")
+@click.option(
+    "--server", default=DEFAULT_GATEWAY, show_default=True, help="With --init: HOST:PORT."
+)
 @click.option("--partition", type=click.IntRange(min=0), help="With --init: of the digits task.")
 @click.option("--partitions", default=3, show_default=True, help="With --init: of how many.")
 def client(
@@ -50,6 +46,8 @@ def client(
 def _write(
     path: Path, keys: Path | None, server: str, partition: int | None, partitions: int
 ) -> None:
+    from deploy.client_config import ClientConfig, write_example
+
     if keys is None:
         raise click.UsageError("--init needs --keys, the folder that `fedgraft keys client` made.")
     if partition is not None and not 0 <= partition < partitions:
@@ -75,6 +73,14 @@ def _digits_base() -> str:
 
 
 def _run(file: Path) -> None:
+    from client.policy import Policy
+    from deploy.client_config import ClientConfig
+    from deploy.client_parts import parts
+    from deploy.isolation import prepare
+    from deploy.lock import only_one
+    from deploy.merged_log import MergedLog
+    from deploy.supervisor import OWN, Supervisor
+
     config = ClientConfig.load(file)
     Policy.load(config.policy)
     name = config.client

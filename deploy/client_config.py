@@ -7,25 +7,22 @@ import pwd
 import re
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from client.policy import EXAMPLE as POLICY
 from client.resident.own import Own
-from fedgraft.config import Group, Positive, known_keys
-from fedgraft.config_errors import config_error
+from deploy.config_file import DEFAULT_GATEWAY, FilePath, WithState, as_written_in, check_new
+from fedgraft.config import Group, Positive
 from fedgraft.errors import ConfigError
 from fedgraft.files import write_text
-from fedgraft.settings import read_toml, unflatten
 
-FilePath = Annotated[Path, Field(strict=False)]
 _SERVER = re.compile(r"(?P<host>[^\s\[\]:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _LONGEST_NAME = 100
-DEFAULT_SERVER = "127.0.0.1:9443"
 
 EXAMPLE = """\
 # A FedGraft client. Start it with: fedgraft client --config {file}
@@ -77,11 +74,12 @@ class BaseConfig(Group):
     device: str = "auto"
 
 
-class ClientConfig(Group):
+class ClientConfig(WithState):
     """What `fedgraft client` is started with; paths are absolute once it is loaded."""
 
+    SIDE: ClassVar[str] = "client"
+
     server: str
-    state: FilePath
     policy: FilePath
     keys: FilePath | None = None
     name: str | None = None  # without keys, which name the client
@@ -128,21 +126,6 @@ class ClientConfig(Group):
         """The SuperNode's copy of the client's keys, where it is a user of its own."""
         return self.state / "node-keys"
 
-    @property
-    def log(self) -> Path:
-        """The readable log of all parts."""
-        return self.state / "log" / "client.log"
-
-    @property
-    def parts(self) -> Path:
-        """What runs, while the client runs: {part: {"pid", "starts", "ready"}}."""
-        return self.state / "parts.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the one client of this state folder."""
-        return self.state / "client.lock"
-
     def own(self) -> Own:
         """Return what the resident trainer works with."""
         return Own(
@@ -164,18 +147,9 @@ class ClientConfig(Group):
 
         Raises:
             ConfigError: no such file, no TOML, an unknown key (the nearest valid one is named), a
-                wrong type or value, or keys that contradict each other.
+                missing one, a wrong type or value, or keys that contradict each other.
         """
-        try:
-            read = cls.model_validate(unflatten(read_toml(path)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] == "missing":
-                raise ConfigError(
-                    f"config key {first['loc'][0]} is missing in {path}",
-                    f"Set it, or write an example with: fedgraft client --init {path} --keys KEYS",
-                ) from None
-            raise config_error(error, known_keys(cls), str(path)) from None
+        read = cls.read(path)
         _check(read, path)
         folder = path.resolve().parent
         paths = {
@@ -233,7 +207,7 @@ def _check(read: ClientConfig, path: Path) -> None:
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
             f"config key server in {path} is {read.server!r}, and must be HOST:PORT",
-            f'Set it like server = "{DEFAULT_SERVER}".',
+            f'Set it like server = "{DEFAULT_GATEWAY}".',
         )
     if (read.keys is None) == (read.name is None):
         raise ConfigError(
@@ -280,7 +254,7 @@ def write_example(
     path: Path,
     keys: Path,
     *,
-    server: str = DEFAULT_SERVER,
+    server: str = DEFAULT_GATEWAY,
     partition: int | None = None,
     partitions: int = 3,
     base_hash: str = "",
@@ -303,18 +277,12 @@ def write_example(
     """
     name_in(keys / "client.crt")
     policy = path.with_name(f"{path.stem}-policy.toml")
-    for file in (path, policy):
-        if file.exists():
-            raise ConfigError(f"{file} exists already", "Name another file, or edit that one.")
-    folder, whole = path.resolve().parent, keys.resolve()
-    shown = keys if keys.is_absolute() else whole
-    if whole.is_relative_to(folder):
-        shown = whole.relative_to(folder)
+    check_new(path, policy)
     built_in = partition is not None
     text = EXAMPLE.format(
         file=path,
         server=dumps(server),
-        keys=dumps(str(shown)),
+        keys=dumps(str(as_written_in(path, keys))),
         policy=dumps(policy.name),
         state=dumps(f"{path.stem}-state"),
         data=_PARTITION.format(partition=partition, partitions=partitions) if built_in else _PATH,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from fedgraft.config import Group, Positive, known_keys
-from fedgraft.config_errors import config_error
+from deploy.config_file import DEFAULT_GATEWAY, FilePath, WithState, as_written_in, check_new
+from fedgraft.config import Group, Positive
 from fedgraft.errors import ConfigError
 from fedgraft.files import write_text
-from fedgraft.settings import read_toml, unflatten
 
 Port = Annotated[int, Field(gt=0, lt=65536)]
 _LISTEN = re.compile(r"(?P<host>[^\s;{}\[\]:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
@@ -26,7 +25,7 @@ keys = {keys}  # what `fedgraft keys init` made
 state = {state}  # database, logs and runs; one server only
 
 # The gateway: the one port that clients reach. 0.0.0.0:9443 for all of this machine's addresses.
-listen = "127.0.0.1:9443"
+listen = {listen}
 
 # Flower's SuperLink, on loopback. Whoever may log in to this machine reaches it.
 superlink-port = 8000
@@ -46,11 +45,12 @@ class LimitsConfig(Group):
     connections: Positive = 32
 
 
-class ServerConfig(Group):
+class ServerConfig(WithState):
     """What `fedgraft server` is started with; paths are absolute once it is loaded."""
 
-    keys: Annotated[Path, Field(strict=False)]
-    state: Annotated[Path, Field(strict=False)]
+    SIDE: ClassVar[str] = "server"
+
+    keys: FilePath
     listen: Annotated[str, Field(min_length=1)] = "0.0.0.0:9443"
     superlink_port: Port = 8000
     limits: LimitsConfig = LimitsConfig()
@@ -71,24 +71,9 @@ class ServerConfig(Group):
         return self.state / "flower"
 
     @property
-    def log(self) -> Path:
-        """The readable log of all parts."""
-        return self.state / "log" / "server.log"
-
-    @property
     def access_log(self) -> Path:
         """One JSON object for each request that reached the gateway."""
         return self.state / "log" / "access.jsonl"
-
-    @property
-    def parts(self) -> Path:
-        """What runs, while the server runs: {part: {"pid", "starts", "ready"}}."""
-        return self.state / "parts.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the one server of this state folder, with its process id in it."""
-        return self.state / "server.lock"
 
     @classmethod
     def load(cls, path: Path) -> ServerConfig:
@@ -96,18 +81,9 @@ class ServerConfig(Group):
 
         Raises:
             ConfigError: no such file, no TOML, an unknown key (the nearest valid one is named), a
-                wrong type or value.
+                missing one, a wrong type or value.
         """
-        try:
-            read = cls.model_validate(unflatten(read_toml(path)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] == "missing":
-                raise ConfigError(
-                    f"config key {first['loc'][0]} is missing in {path}",
-                    f"Set it, or write an example with: fedgraft server --init {path} --keys KEYS",
-                ) from None
-            raise config_error(error, known_keys(cls), str(path)) from None
+        read = cls.read(path)
         match = _LISTEN.fullmatch(read.listen)
         if match is None or not 0 < int(match["port"]) < 65536:
             raise ConfigError(
@@ -129,14 +105,12 @@ def write_example(path: Path, keys: Path) -> None:
     Raises:
         ConfigError: the file exists.
     """
-    if path.exists():
-        raise ConfigError(f"{path} exists already", "Name another file, or edit that one.")
-    shown = keys if keys.is_absolute() else _relative(keys.resolve(), path.resolve().parent)
-    state = f"{path.stem}-state"
+    check_new(path)
+    values = {
+        "keys": str(as_written_in(path, keys)),
+        "state": f"{path.stem}-state",
+        "listen": DEFAULT_GATEWAY,
+    }
     # JSON's text is TOML's basic string.
-    write_text(path, EXAMPLE.format(file=path, keys=dumps(str(shown)), state=dumps(state)))
-
-
-def _relative(target: Path, folder: Path) -> Path:
-    """Return a path as written in a file of that folder: relative where it is below it."""
-    return target.relative_to(folder) if target.is_relative_to(folder) else target
+    quoted = {key: dumps(value) for key, value in values.items()}
+    write_text(path, EXAMPLE.format(file=path, **quoted))

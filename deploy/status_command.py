@@ -30,7 +30,8 @@ def status(server: Path, as_json: bool) -> None:
     \b
     Example: fedgraft status --to server.toml
 
-    A client is "training" while the round waits for it. Bytes are of all messages of the run, as
+    A client is "training" while the round waits for it; of a private run nobody is told, and it is
+    "online". Bytes are of all messages of the run, as
     the server's SuperLink counts them; epsilon is what clients tell, or the server's own ledger.
     """
     from rich.console import Console
@@ -53,19 +54,31 @@ def status(server: Path, as_json: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("client", "state", "last heard of", "certificate until"):
         table.add_column(column)
+    budgets = any(client.epsilon is not None for client in found.clients)
+    for column in ("epsilon spent", "left") if budgets else ():
+        table.add_column(column)
     for client in found.clients:
         age = "" if client.heartbeat_age is None else f"{client.heartbeat_age:.0f} s ago"
-        table.add_row(client.name, client.state, age, client.certificate_until[:10])
+        row = [client.name, client.state, age, client.certificate_until[:10]]
+        if budgets:
+            row += [_amount(client.epsilon), _amount(client.epsilon_left)]
+        table.add_row(*row)
     if found.clients:
         Console().print(table)
     else:
         click.echo("no client is invited: fedgraft keys client NAME --dir KEYS")
 
 
+def _amount(epsilon: float | None) -> str:
+    return "" if epsilon is None else f"{epsilon:.2f}"
+
+
 def _in_words(run: RunStatus) -> str:
     words = [run.state]
     if run.round is not None:
         words.append(f"{run.round} of {run.rounds} rounds done")
+    if run.at_round is not None:
+        words.append(f"round {run.at_round} at work")
     if run.at_work:
         words.append(f"waiting for {', '.join(run.at_work)}")
     words.append(f"{run.bytes_down / 1e6:.1f} MB down, {run.bytes_up / 1e6:.1f} MB up")

@@ -45,6 +45,8 @@ _ATTEMPTS = 10
 """Attempts that may fail one after the other without a round that is done."""
 _LOCAL = ("task.data", "evaluate.data", "model.base", "adapter.from")
 """Keys that may name a file or folder of this machine."""
+_RUNS = Path("runs")
+"""Where runs lie that name no folder of their own."""
 Say = Callable[[str], None]
 
 
@@ -65,9 +67,10 @@ def prepare(config: Config, out: Path | None) -> RunDirectory:
         ConfigError: an unknown strategy, a config that it cannot honour, or a directory in use.
     """
     check_rule(build_rule(config.strategy.name, config.strategy.options), config)
-    path = out or free_path(Path("runs"), f"{config.strategy.name}-seed{config.seed}")
+    path = out or free_path(_RUNS, f"{config.strategy.name}-seed{config.seed}")
     RunDirectory.check_free(path)
-    return RunDirectory.create(path, _with_whole_paths(config), uuid.uuid4().hex)
+    whole = _with_whole_paths(config)
+    return RunDirectory.create(path, whole, uuid.uuid4().hex, deployed=True)
 
 
 def _with_whole_paths(config: Config) -> Config:
@@ -138,6 +141,9 @@ class Submission:
         """Remove the directory of a run that could not begin, so that its name is free again."""
         if not self.directory.rounds():
             shutil.rmtree(self.directory.path, ignore_errors=True)
+            if self.directory.path.parent == _RUNS:
+                with suppress(OSError):  # other runs are in it
+                    _RUNS.rmdir()
 
     def _rounds_done(self) -> int:
         return max((int(record["round"]) for record in self.directory.rounds()), default=-1)

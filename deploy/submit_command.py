@@ -71,7 +71,7 @@ def submit(
             directory = RunDirectory(resume)  # a submit that was killed left it running
             config = directory.config()
         elif resume is not None:
-            config, directory = session.resume(resume, parse_settings(settings))
+            config, directory = session.resume(resume, parse_settings(settings), deployed=True)
         else:
             directory = prepare(Config.load(config_file, settings), out)
             config = directory.config()

@@ -15,6 +15,8 @@ POLICY = "policy of client"
 """How the reason begins of a client whose policy forbids it; then its name, a comma, the clause."""
 NO_MEMORY = "there is not enough memory"
 """How the reason begins of a client whose device or machine has no more to give."""
+LIFETIME = "lifetime-epsilon"
+"""The clause that bounds all that a client's data may ever spend."""
 
 
 class FedGraftError(Exception):

@@ -66,7 +66,7 @@ def load_run(path: str | Path) -> Run:
     if summary is None:
         raise ConfigError(
             f"the run in {path} has not finished",
-            f"Continue it with fedgraft simulate --resume {path}.",
+            f"Continue it with {directory.resume_command()}.",
         )
     return Run(directory.path, directory.config(), summary, directory.rounds())
 

@@ -1,6 +1,7 @@
 """The run directory: everything one run leaves behind, and the only place its layout is known.
 
 config.toml    the resolved config, the lineage, and the versions of what computed it
+clients.json   what clients last told that anybody may know: privacy spent and left, refusals
 rounds.jsonl   one object a round, round 0 being the untouched start
 samples.jsonl  what the global adapter writes after fixed prompts, round by round
 summary.json   the run in one object, written when it has finished
@@ -18,6 +19,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +63,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.toml"
+        self.clients_file = path / "clients.json"
         self.rounds_file = path / "rounds.jsonl"
         self.samples_file = path / "samples.jsonl"
         self.summary_file = path / "summary.json"
@@ -75,8 +78,16 @@ class RunDirectory:
         self.progress = path / "progress.jsonl"
 
     @classmethod
-    def create(cls, path: Path, config: Config, lineage: str) -> RunDirectory:
+    def create(
+        cls, path: Path, config: Config, lineage: str, *, deployed: bool = False
+    ) -> RunDirectory:
         """Start a new run's directory.
+
+        Args:
+            path: where; it holds no run yet.
+            config: the run's.
+            lineage: the run's id.
+            deployed: its clients are machines of their own, and `fedgraft submit` goes on with it.
 
         Raises:
             ConfigError: the directory already holds a run, or something that is not a run.
@@ -84,7 +95,7 @@ class RunDirectory:
         """
         cls.check_free(path)
         directory = cls(path)
-        directory.write_config(config, lineage)
+        directory.write_config(config, lineage, deployed=deployed)
         return directory
 
     @staticmethod
@@ -120,7 +131,7 @@ class RunDirectory:
         if not directory.config_file.is_file():
             raise ConfigError(
                 f"{path} holds no run: it has no config.toml",
-                "Name a directory that fedgraft simulate or compare wrote.",
+                "Name a directory that fedgraft simulate, compare or submit wrote.",
             )
         return directory
 
@@ -165,9 +176,18 @@ class RunDirectory:
             os.close(descriptor)
         return False
 
-    def write_config(self, config: Config, lineage: str) -> None:
-        """Write config.toml: the resolved config with the run's lineage and versions."""
-        tree = config.to_dict() | {"run": {"lineage": lineage}, "versions": versions()}
+    def write_config(self, config: Config, lineage: str, *, deployed: bool | None = None) -> None:
+        """Write config.toml: the resolved config with the run's lineage and versions.
+
+        Args:
+            config: resolved.
+            lineage: the run's id.
+            deployed: see `create`; None keeps what the file says.
+        """
+        run: dict[str, Any] = {"lineage": lineage}
+        if self.deployed if deployed is None else deployed:
+            run["deployed"] = True
+        tree = config.to_dict() | {"run": run, "versions": versions()}
         write_text(self.config_file, tomli_w.dumps(tree))
 
     def _config_tree(self) -> dict[str, Any]:
@@ -190,6 +210,38 @@ class RunDirectory:
     def lineage(self) -> str:
         """Return the id that a run and its resumes share; personal state is keyed by it."""
         return str(self._config_tree()["run"]["lineage"])
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the run's clients are machines of their own."""
+        if not self.config_file.is_file():
+            return False
+        return read_toml(self.config_file).get("run", {}).get("deployed") is True
+
+    def resume_command(self) -> str:
+        """Return the command that goes on with the run."""
+        path = shlex.quote(str(self.path))
+        if self.deployed:
+            return f"fedgraft submit --resume {path} --to server.toml --until-done"
+        return f"fedgraft simulate --resume {path}"
+
+    def write_clients(self, told: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write clients.json, as `clients` returns it.
+
+        Raises:
+            RunError: the disk is full or refuses the write.
+        """
+        write_json(self.clients_file, told)
+
+    def clients(self) -> dict[str, dict[str, Any]]:
+        """Return what clients last told, by name: epsilon, epsilon-left, policy (a refusal).
+
+        Each is there where a client told it.
+        """
+        if not self.clients_file.exists():
+            return {}
+        found: dict[str, dict[str, Any]] = json.loads(self.clients_file.read_text())
+        return found
 
     def append_round(self, record: dict[str, Any]) -> None:
         """Append one round's record to rounds.jsonl.

@@ -227,7 +227,7 @@ def _check_target(directory: RunDirectory, to: Path) -> None:
     if not (directory.adapter / WEIGHTS).is_file():
         raise ConfigError(
             f"{directory.path} has no adapter yet",
-            f"Let it finish: fedgraft simulate --resume {directory.path}.",
+            f"Let it finish: {directory.resume_command()}.",
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"{to} exists and is not an empty folder", "Choose another --to.")

@@ -78,6 +78,7 @@ def render(results: Results) -> str:
         metrics=report_sections.metric_rows(results),
         samples=samples_shown(results),
         incidents=report_sections.incidents(results),
+        hidden=any(map(report_sections.keeps_back, results.runs)),
         notes=report_sections.notes(results),
         runs=report_sections.run_rows(results),
         settings=report_sections.settings(results),

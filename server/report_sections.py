@@ -153,8 +153,17 @@ def _mean_of(tests: Sequence[Mapping[str, Mapping[str, object]]], when: str, nam
     return sum(values) / len(values)
 
 
+def keeps_back(run: Run) -> bool:
+    """Whether a run's records leave out who took part: a private one that is no study."""
+    privacy = run.summary.get("privacy")
+    return privacy is not None and not privacy["study"]
+
+
 def incidents(results: Results) -> list[Incident]:
-    """Return the failed clients and the refused updates, alike ones of several seeds together."""
+    """Return the failed clients and the refused updates, alike ones of several seeds together.
+
+    Of a run that keeps back who took part: the clients whose policy refused a round, and not when.
+    """
     rounds: dict[tuple[str, str, str, str], dict[int, list[int]]] = {}
     for run in results.runs:
         for r, record in run.rounds.items():
@@ -162,7 +171,12 @@ def incidents(results: Results) -> list[Incident]:
                 for client, reason in (record.get(kind) or {}).items():
                     what = (run.label, clip(client, 40), kind, clip(str(reason), 300))
                     rounds.setdefault(what, {}).setdefault(run.seed, []).append(r)
-    rows = []
+    rows = [
+        Incident(run.label, str(run.seed), clip(client, 40), "failed", clip(why, 300), NOTHING)
+        for run in results.runs
+        if keeps_back(run)
+        for client, why in (run.summary.get("policy_refusals") or {}).items()
+    ]
     for (label, client, kind, reason), by_seed in rounds.items():
         alike: dict[str, list[int]] = {}
         for seed, found in by_seed.items():

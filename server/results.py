@@ -45,6 +45,7 @@ class Run:
         config: the resolved config, without the run's id.
         versions: what computed it, by package.
         samples: what samples.jsonl holds, in the order of its lines.
+        deployed: its clients are machines of their own.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     config: dict[str, Any]
     versions: dict[str, str]
     samples: tuple[dict[str, Any], ...] = ()
+    deployed: bool = False
 
     @property
     def label(self) -> str:
@@ -163,13 +165,16 @@ def read_results(directories: Sequence[Path]) -> Results:
     comparison = build_comparison([r.summary | {"directory": r.name} for r in chosen], rows)
     if plan:
         return Results(tuple(chosen), comparison, notes, plan["config"], _compare_command(plan))
-    names = [run.name for run in chosen]
-    command = "\n".join(
-        f"fedgraft simulate {shlex.quote(f'{name}/config.toml')} --out again" for name in names
-    )
-    if names == ["."]:
-        command = "fedgraft simulate config.toml --out again"
+    command = "\n".join(_again(run) for run in chosen)
     return Results(tuple(chosen), comparison, notes, chosen[0].config, command)
+
+
+def _again(run: Run) -> str:
+    """Return the command that runs the same config anew."""
+    file = shlex.quote("config.toml" if run.name == "." else f"{run.name}/config.toml")
+    if run.deployed:
+        return f"fedgraft submit {file} --to server.toml --out again"
+    return f"fedgraft simulate {file} --out again"
 
 
 def _compare_command(plan: dict[str, Any]) -> str:
@@ -207,18 +212,18 @@ def _read_run(folder: Path, name: str, source: str) -> Run:
         if directory.rounds_file.is_file():
             raise ConfigError(
                 f"{folder} holds a run that has not finished: summary.json is missing",
-                f"Finish it with fedgraft simulate --resume {folder}.",
+                f"Finish it with {directory.resume_command()}.",
             )
         raise ConfigError(
             f"{folder} holds no run: it has neither summary.json nor {COMPARISON_FILE}",
-            "Name a folder that fedgraft simulate or compare wrote.",
+            "Name a folder that fedgraft simulate, compare or submit wrote.",
         )
     for file in (directory.rounds_file, directory.config_file):
         if not file.is_file():
             raise ConfigError(f"{file} is missing", "Restore it, or run again.")
     config = read_toml(directory.config_file)
     versions = config.pop("versions", {})
-    config.pop("run", None)
+    recorded = config.pop("run", {})
     return Run(
         name=name,
         source=source,
@@ -227,6 +232,7 @@ def _read_run(folder: Path, name: str, source: str) -> Run:
         config=config,
         versions={str(package): str(version) for package, version in versions.items()},
         samples=tuple(directory.samples()),
+        deployed=recorded.get("deployed") is True,
     )
 
 

@@ -26,6 +26,7 @@ from fedgraft.devices import peak_memory
 from fedgraft.errors import ModelError, RunError
 from fedgraft.generation import evaluate
 from fedgraft.memory_estimate import estimate
+from fedgraft.privacy.account import EPSILON
 from fedgraft.privacy.events import Release
 from fedgraft.resident_model import SMALL_MODEL, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
@@ -40,7 +41,7 @@ from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, 
 from server.samples import Samples
 from server.spent import ask_spent
 from server.summary import Bookkeeping, summarise
-from server.tracking import TensorBoard, round_record
+from server.tracking import TensorBoard, round_record, told_by_clients
 from strategies.fitness import check_rule
 from strategies.ranks import by_rank, by_root
 from strategies.registry import build_rule
@@ -105,6 +106,7 @@ class FederatedRun(RoundHooks):
         self.roster = Roster(ours=True)
         self.best: Adapter | None = None
         self.books: Bookkeeping | None = None
+        self.told = directory.clients()
         self._clients_final: dict[str, float] | None = None
         self._resumed_wall = 0.0
         self._began = time.perf_counter()
@@ -293,6 +295,7 @@ class FederatedRun(RoundHooks):
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
         self.books = replace(self.books, epsilon=self._epsilon(outcome))
+        self._note_told(outcome)
         record = round_record(
             outcome,
             validation,
@@ -326,10 +329,26 @@ class FederatedRun(RoundHooks):
             self.books = replace(self.books, epsilon=self.private.account.epsilon())
         elif self.config.privacy.against_server:
             enough = self.config.federation.min_clients
-            told = ask_spent(grid, self.roster, enough=enough).values()
-            known = [value for value in (*told, self.books.epsilon) if value is not None]
-            untold = sum(value is None for value in told)
+            told = ask_spent(grid, self.roster, enough=enough)
+            spent = [self.books.epsilon, *(said.get(EPSILON) for said in told.values())]
+            known = [value for value in spent if value is not None]
+            untold = sum(EPSILON not in said for said in told.values())
             self.books = replace(self.books, epsilon=max(known, default=None), untold=untold)
+            self._keep_told(told)
+
+    def _note_told(self, outcome: RoundOutcome) -> None:
+        """Keep what clients told of their budgets and policies: of the last time, and not of when.
+
+        That is no secret in any mode: budgets are told in those in which the server may know who
+        was asked, and of a client whose policy refuses nothing has been released.
+        """
+        self._keep_told(told_by_clients(self.config, outcome))
+
+    def _keep_told(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        new = {name: self.told.get(name, {}) | said for name, said in found.items() if said}
+        if new:
+            self.told |= new
+            self.directory.write_clients(self.told)
 
     def _guarantee(self) -> dict[str, Any] | None:
         assert self.books is not None
@@ -413,6 +432,7 @@ class FederatedRun(RoundHooks):
             peak_memory(self.model.device),
             self._estimated_memory(),
             self._guarantee(),
+            self.told,
         )
         card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)

@@ -29,14 +29,28 @@ RESUMABLE = (
 """Keys that a resumed run may change: none of them rewrites the rounds that are done."""
 
 
-def resume(path: Path, settings: Mapping[str, Any]) -> tuple[Config, RunDirectory]:
+def resume(
+    path: Path, settings: Mapping[str, Any], *, deployed: bool = False
+) -> tuple[Config, RunDirectory]:
     """Open a run to be continued, with some of its keys changed.
 
+    Args:
+        path: the run's directory.
+        settings: the keys to change.
+        deployed: on clients that are machines of their own; otherwise on this machine alone.
+
     Raises:
-        ConfigError: there is no run, or a key is set that a resume cannot change.
+        ConfigError: there is no run, its clients are the other kind, or a key is set that a resume
+            cannot change.
         RunError: another process is at work on it, or the disk is full or refuses the write.
     """
     directory = RunDirectory.open(path)
+    if directory.deployed != deployed:
+        clients = "machines of their own" if directory.deployed else "simulated"
+        raise ConfigError(
+            f"the clients of the run in {path} are {clients}",
+            f"Continue it with {directory.resume_command()}.",
+        )
     config = directory.config()
     changed = config.with_overrides(settings)
     before, after = flatten(config.to_dict()), flatten(changed.to_dict())
@@ -72,7 +86,8 @@ def how_to_go_on(directory: RunDirectory) -> str:
         return (
             f"The run in {directory.path} stopped after round {summary['rounds']}, when its "
             "clients' privacy budget was spent; to go on, start a new run with a larger "
-            f"privacy.target-epsilon and --set adapter.from={directory.adapter}."
+            f"privacy.target-epsilon, or on clients whose policies allow more, with "
+            f"--set adapter.from={directory.adapter}."
         )
     if summary["stopped_early"]:
         state, key = f"stopped early after round {summary['rounds']}", "evaluate.patience"

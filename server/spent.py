@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedgraft.errors import POLICY
 from fedgraft.messages import SPENT, Reply
+from fedgraft.privacy.account import EPSILON, EPSILON_LEFT
 from fedgraft.refusal import CONFIG
 from strategies.replies import trouble_of
 from strategies.roster import Roster, exchange
@@ -25,8 +26,8 @@ SILENCE_SECONDS = 120.0
 
 def ask_spent(
     grid: Grid, roster: Roster, *, enough: int, silence: float = SILENCE_SECONDS
-) -> dict[str, float | None]:
-    """Return the epsilon that each client's ledger amounts to, at the run's delta.
+) -> dict[str, dict[str, float]]:
+    """Return what each client tells of its ledger: epsilon at the run's delta, and what is left.
 
     Args:
         grid: carries the messages.
@@ -35,11 +36,11 @@ def ask_spent(
         silence: seconds without any reply after which the missing ones are given up.
 
     Returns:
-        By the name of every client that may have taken part and is there; None where it does not
-        tell, or where no number bounds it.
+        By the name of every client that may have taken part and is there. One that does not tell
+        its epsilon, or whose epsilon no number bounds, has none in it.
     """
     roster.refresh(grid, enough)
-    told: dict[str, float | None] = dict.fromkeys(roster.names())
+    told: dict[str, dict[str, float]] = {name: {} for name in roster.names()}
     ask = RecordDict({CONFIG: ConfigRecord()})
     messages = [Message(ask, roster.node_of(name), SPENT) for name in told]
     for message in exchange(grid, messages, silence):
@@ -48,8 +49,9 @@ def ask_spent(
         if trouble.startswith(POLICY):
             del told[name]  # whose policy does not allow the run, so nothing was trained for it
         elif not trouble:
-            told[name] = Reply.decode(message.content).metrics.get("epsilon")
-    silent = [name for name, epsilon in told.items() if epsilon is None]
+            metrics = Reply.decode(message.content).metrics
+            told[name] = {key: metrics[key] for key in (EPSILON, EPSILON_LEFT) if key in metrics}
+    silent = [name for name, said in told.items() if EPSILON not in said]
     if silent:
         log.warning("What their data have spent is not told by client %s", ", ".join(silent))
     return told

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedgraft.adapter import natural_order
 from fedgraft.config import Config
+from fedgraft.privacy.account import EPSILON, EPSILON_LEFT
 from fedgraft.tasks.task import Task
 from server.tracking import finite
 
@@ -70,6 +71,7 @@ def summarise(
     peak_memory: int,
     estimated_memory: int | None,
     privacy: Mapping[str, Any] | None = None,
+    told: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return summary.json's content.
 
@@ -82,6 +84,7 @@ def summarise(
         peak_memory: of this process, in bytes.
         estimated_memory: what training was told to take, in bytes; None for small models.
         privacy: what the run promises, see `server.guarantee`.
+        told: by clients, see `server.tracking.told_by_clients`.
     """
     return {
         "strategy": config.strategy.name,
@@ -113,6 +116,8 @@ def summarise(
         "epsilon": None if privacy is None else privacy["epsilon"],
         "delta": None if privacy is None else privacy["delta"],
         "privacy": None if privacy is None else dict(privacy),
+        "client_epsilon": _told(told, EPSILON, EPSILON_LEFT),
+        "policy_refusals": {n: said["policy"] for n, said in _told(told, "policy").items()},
         "peak_memory_bytes": peak_memory,
         "estimated_memory_bytes": estimated_memory,
         "refused_updates": sum(len(record["refused"]) for record in records),
@@ -158,6 +163,15 @@ def client_metric(
         "mean": fmean(values.values()),
         "sd": pstdev(values.values()),
     }
+
+
+def _told(told: Mapping[str, Mapping[str, Any]] | None, *keys: str) -> dict[str, dict[str, Any]]:
+    """Return those keys of what clients told, of the clients that told any of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(told or {}, key=natural_order):
+        kept = {key: value for key, value in (told or {})[name].items() if key in keys}
+        found |= {name: kept} if kept else {}
+    return found
 
 
 def _validation_examples(records: Sequence[Mapping[str, Any]]) -> int | None:

@@ -16,7 +16,7 @@ from fedgraft.errors import ConfigError
 from fedgraft.run_directory import PLAN_FILE
 from fedgraft.settings import flatten, read_toml
 from simulations.references import NAMES, is_tuned
-from strategies.registry import option_names, rule_names
+from strategies.registry import option_names, rule_names, unused_settings
 
 _NOT_IN_GRID = {"seed": "--seeds", "strategy.name": "--strategies"}
 
@@ -72,11 +72,19 @@ class Plan:
         self._check_tables(own)
         self._check_options(common)
         found: dict[str, Config] = {}
+        used: set[str] = set()
         for strategy in self.strategies:
             settings = {"strategy.name": strategy, **flatten(own.get(strategy, {}))}
             base = Config.from_dict(common).with_overrides(settings)
             for label, chosen in self._labels(strategy):
                 found[label] = base.with_overrides(chosen)
+                used |= chosen.keys()
+        for key in self.grid:
+            if key not in used:
+                raise ConfigError(
+                    f"--grid holds {key}, which nothing uses without a server optimiser",
+                    "Set strategy.server-optimizer to one that uses it, or name some in the grid.",
+                )
         return found
 
     def beside(self) -> dict[str, Config]:
@@ -98,10 +106,28 @@ class Plan:
         return found
 
     def _labels(self, strategy: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each of a strategy's labels with the grid's values."""
+        """Yield each of a strategy's labels with the grid's values.
+
+        Settings that the grid's server optimiser does not use are left out of it, and what is the
+        same without them comes once.
+        """
+        rule, seen = self._rule(strategy), set[str]()
         for values in itertools.product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
-            yield " ".join([strategy, *(f"{k}={v}" for k, v in chosen.items())]), chosen
+            if rule in rule_names():
+                options = self._options(strategy) | _options(chosen)
+                unused = {f"strategy.{key}" for key in unused_settings(rule, options)}
+                chosen = {key: value for key, value in chosen.items() if key not in unused}
+            label = " ".join([strategy, *(f"{k}={v}" for k, v in chosen.items())])
+            if label not in seen:
+                seen.add(label)
+                yield label, chosen
+
+    def _options(self, strategy: str) -> dict[str, Any]:
+        """Return what a strategy's options are before the grid's values: of all, and its own."""
+        tree = self.config.to_dict()
+        own = flatten(tree["compare"].get(strategy, {}))
+        return _options(flatten({"strategy": tree["strategy"]})) | _options(own)
 
     def _rule(self, strategy: str) -> str:
         """Return the rule behind a name: its own, or the one that its table sets."""
@@ -165,3 +191,9 @@ class Plan:
             tree["grid"],
             tuple(tree["references"]),
         )
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `settings` that are options of a rule, without their prefix."""
+    prefix = "strategy."
+    return {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}

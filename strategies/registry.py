@@ -85,6 +85,22 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     return rule
 
 
+def unused_settings(name: str, options: Mapping[str, Any]) -> set[str]:
+    """Return the settings of a server optimiser that a rule with these options does not use.
+
+    Args:
+        name: the rule's.
+        options: without the prefix `strategy.`.
+    """
+    field = rule_class(name).Options.model_fields.get("server_optimizer")
+    stepped = {field.alias or key for key, field in SteppedOptions.model_fields.items()}
+    stepped -= {"server-optimizer"}
+    if field is None:
+        return set()
+    kind = str(options.get("server-optimizer", field.default))
+    return stepped if kind == "none" else stepped - set(SETTINGS_OF.get(kind, stepped))
+
+
 def _check_stepped(cls: type[Rule], options: Mapping[str, Any]) -> None:
     """Refuse a server optimiser where none can go on top, and settings that it does not use.
 

@@ -12,7 +12,15 @@ from typing import TypeVar
 from flwr.app import Message, MetricRecord, MetricRecordValues
 
 from fedgraft.adapter import Tensors, from_arrays, natural_order, payload_bytes
-from fedgraft.errors import BUDGET, DIVERGED, BudgetSpentError, RunError, UpdateError
+from fedgraft.errors import (
+    BUDGET,
+    DIVERGED,
+    LIFETIME,
+    POLICY,
+    BudgetSpentError,
+    RunError,
+    UpdateError,
+)
 from fedgraft.messages import Reply
 from strategies.rounds import ClientReport
 from strategies.spool import UpdateSpool
@@ -104,16 +112,19 @@ class Training:
         if len(self.reports) >= least:
             return
         told: dict[str, list[str]] = {}
-        for client, reason in in_order(self.failed | self.refused).items():
+        reasons_of = in_order(self.failed | self.refused)
+        for client, reason in reasons_of.items():
             told.setdefault(reason, []).append(client)
         text = (
             f"round {round}: {len(self.reports)} usable updates, fewer than the {least} that "
             "federation.min-clients asks for"
         )
-        if told and all(reason.startswith(BUDGET) for reason in told):
-            clients = ", ".join(in_order(self.failed))
+        if told and all(_of_budget(client, reason) for client, reason in reasons_of.items()):
+            clients = ", ".join(reasons_of)
+            own = [why for client, why in reasons_of.items() if why.startswith(POLICY)]
             raise BudgetSpentError(
-                f"{text}: {BUDGET} of client {clients}", "Raise privacy.target-epsilon."
+                "; ".join([f"{text}: {BUDGET} of client {clients}", *own]),
+                "Go on without these clients." if own else "Raise privacy.target-epsilon.",
             )
         diverged = bool(told) and all(DIVERGED in reason for reason in told)
         reasons = "; ".join(f"client {', '.join(names)}: {why}" for why, names in told.items())
@@ -123,6 +134,11 @@ class Training:
             if diverged
             else "Mend those clients, or lower federation.min-clients.",
         )
+
+
+def _of_budget(client: str, reason: str) -> bool:
+    """Whether a client gives no update since a run's budget, or its lifetime's, is spent."""
+    return reason.startswith((BUDGET, f"{POLICY} {client}, {LIFETIME}: "))
 
 
 def trouble_of(message: Message) -> str:

@@ -18,6 +18,8 @@ from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Entry, Ledger
 from fedgraft.privacy.limits import NO_LIMITS, Limits
 
+EPSILON, EPSILON_LEFT = "epsilon", "epsilon-left"
+"""What a client tells of its account: spent at `privacy.delta`, left of its owner's lifetime."""
 _MUCH = 1e4
 """A noise multiplier beside which no other is needed."""
 Plan = Callable[[float], Sequence[Release]]
@@ -122,6 +124,11 @@ class Account:
     def epsilon(self) -> float:
         """Return what all releases of these data amount to, at `privacy.delta`."""
         return self.ledger.epsilon(self.fingerprint, self.settings.delta, self.settings.accountant)
+
+    def told(self) -> dict[str, float]:
+        """Return what a client tells of it: what is spent, and what its owner leaves."""
+        left = self.limits.left(self.ledger)
+        return {EPSILON: self.epsilon()} | ({} if left is None else {EPSILON_LEFT: left})
 
     def _check_budget(self, releases: Sequence[Release]) -> None:
         """Raise a refusal if releases amount to more than the budget, where there is one."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedgraft.errors import PolicyError
+from fedgraft.errors import LIFETIME, POLICY, PolicyError
 from fedgraft.privacy.events import Release
 from fedgraft.privacy.ledger import Ledger
 
@@ -38,7 +38,7 @@ class Limits:
         """
         if multiplier < self.least_noise:
             raise PolicyError(
-                f"policy of client {self.owner}, noise-multiplier: the run's noise is "
+                f"{POLICY} {self.owner}, noise-multiplier: the run's noise is "
                 f"{multiplier:.4g} times its clip, and at least {self.least_noise:g} is wanted",
                 "Raise privacy.noise-multiplier, or lower privacy.target-epsilon.",
             )
@@ -57,20 +57,30 @@ class Limits:
         limit = self.lifetime_epsilon
         if limit is None:
             return
-        from fedgraft.privacy.accounting import epsilon  # brings scipy's slow import with it
-
-        releases = [*(entry.release for entry in ledger.entries), *more]
-        if not releases:
-            return
-        found = epsilon(releases, self.lifetime_delta)
+        found = self._spent(ledger, more)
         if found > limit or (not more and found == limit):
             amount = f"{found:.4g}" if math.isfinite(found) else "more than any number"
             verb = "this round would bring epsilon to" if more else "epsilon is at"
             raise PolicyError(
-                f"policy of client {self.owner}, lifetime-epsilon: {verb} {amount}, "
+                f"{POLICY} {self.owner}, {LIFETIME}: {verb} {amount}, "
                 f"and {limit:g} is all that these data may ever spend",
                 "Add noise, take fewer rounds, or go on without this client.",
             )
+
+    def left(self, ledger: Ledger) -> float | None:
+        """Return what is left of the lifetime's epsilon; None where nothing bounds it.
+
+        Raises:
+            LedgerError: the ledger is damaged.
+        """
+        limit = self.lifetime_epsilon
+        return None if limit is None else max(0.0, limit - self._spent(ledger))
+
+    def _spent(self, ledger: Ledger, more: Sequence[Release] = ()) -> float:
+        from fedgraft.privacy.accounting import epsilon  # brings scipy's slow import with it
+
+        releases = [*(entry.release for entry in ledger.entries), *more]
+        return epsilon(releases, self.lifetime_delta) if releases else 0.0
 
 
 NO_LIMITS = Limits()

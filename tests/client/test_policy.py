@@ -183,6 +183,10 @@ def test_the_example_is_a_policy(tmp_path: Path) -> None:
     text = EXAMPLE.format(bases='bases = ["%s"]' % ("ab" * 32), task='"digits"')
     made = policy(tmp_path, text)
     assert made.tasks == ["digits"] and made.allows("loss") and not made.allows("description")
-    commented = [line.removeprefix("# ") for line in text.splitlines() if " = " in line[:24]]
+    commented = [
+        line.removeprefix("# ")
+        for line in text.splitlines()
+        if " = " in line[:24] or line.startswith("  ")
+    ]
     whole = policy(tmp_path, "\n".join(commented))  # what is commented out is valid, too
     assert whole.lifetime_epsilon == 8.0 and whole.largest_clip == 1.0

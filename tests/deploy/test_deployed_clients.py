@@ -19,13 +19,24 @@ from pathlib import Path
 import psutil
 import pytest
 from command_line import FEDGRAFT
+from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 
+from client import relay
+from client.resident.protocol import CLIENT, SOCKET
 from fedgraft import flower
-from fedgraft.adapter import digest
+from fedgraft.adapter import digest, to_arrays
 from fedgraft.config import RUN_CONFIG_KEY, Config
+from fedgraft.errors import NO_MEMORY
 from fedgraft.files import read_tensors
+from fedgraft.messages import Reply, TrainRequest
+from fedgraft.privacy.accounting import epsilon
+from fedgraft.privacy.events import Release
+from fedgraft.privacy.figures import rounded_up
 from fedgraft.privacy.ledger import Ledger
+from fedgraft.resident_model import resident_model, resident_task
 from fedgraft.run_directory import OUT_KEY, RunDirectory
+from server.report_sections import incidents
+from server.results import read_results
 from simulations.simulate import simulate
 
 pytestmark = pytest.mark.slow
@@ -42,6 +53,30 @@ RUN = {
     "model.device": "cpu",
     "threads": 1,
 }
+
+
+HUNGRY = """
+import torch
+
+from fedgraft.tasks.digits import Digits
+
+
+class Hungry(Digits):
+    name = "hungry"
+
+    def train(self, index):
+        return torch.empty(1 << 60)
+"""
+
+
+def write_plugin(folder: Path) -> Path:
+    """Write a package with a task that runs out of memory, as an installed one lies on the path."""
+    info = folder / "hungry-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / "hungry.py").write_text(HUNGRY)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hungry\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fedgraft.tasks]\nhungry = hungry:Hungry\n")
+    return folder
 
 
 def until(check: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
@@ -102,6 +137,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         "--disable-runtime-dependency-installation",
     ]
     made = Federation(folder, environment)
+    plugin = str(write_plugin(folder / "plugin"))
     for k in CLIENTS:
         made.policy(k, "")
         (folder / f"client{k}.toml").write_text(
@@ -117,7 +153,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         for k in CLIENTS:
             said = stack.enter_context((folder / f"client{k}.out").open("a"))
             command = [FEDGRAFT, "client", "--config", str(folder / f"client{k}.toml")]
-            process = stack.enter_context(flower.started(command, said, folder, os.environ | ours))
+            path = os.pathsep.join([plugin, os.environ.get("PYTHONPATH", "")])
+            its = os.environ | ours | {"PYTHONPATH": path}
+            process = stack.enter_context(flower.started(command, said, folder, its))
             clients.append(process)
         flower.wait_for_port(port, link, folder / "flower.log")
         for k in CLIENTS:
@@ -168,26 +206,84 @@ def test_the_adapter_is_the_in_process_one_though_a_trainer_is_killed(
         assert not (federation.folder / f"state{k}" / "node" / "personal").exists()
 
 
-def test_private_training_leaves_a_ledger_on_each_client_until_a_policy_ends_it(
+PRIVATE = {
+    "privacy.mode": "example",
+    "privacy.noise-multiplier": 1.0,
+    "train.optimizer-state": "reset",
+}
+
+
+def spent(rounds: int) -> float:
+    """What so many rounds cost either client: two batches of 8 in 390 examples, noise 1."""
+    return epsilon([Release((1.0,), 8 / 390, 2)] * rounds, 1e-5)
+
+
+def test_privacy_is_paid_over_all_runs_until_a_clients_policy_ends_it(
     federation: Federation,
 ) -> None:
-    """Client 1's policy has room for one more round of training, and is refused by name."""
-    counted = federation.kept("1") / "rounds.json"
-    begun = len(json.loads(counted.read_text())) if counted.exists() else 0
-    federation.policy("1", f"rounds-per-day = {begun + 1}")
-    private = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0}
-    reset = {"train.optimizer-state": "reset"}
-    run = finished(federation.submit("private", Config().with_overrides(RUN | reset | private)))
-    for k, rounds in (("0", [1, 2]), ("1", [1])):
+    """Three rounds in two runs; client 1's policy has room for two, and it says why not more."""
+    lifetime = (spent(2) + spent(3)) / 2
+    federation.policy("1", f"lifetime-epsilon = {lifetime}")
+    runs = []
+    for name, rounds in (("one", 1), ("two", 2)):
+        config = Config().with_overrides(RUN | PRIVATE | {"federation.rounds": rounds})
+        runs.append(finished(federation.submit(name, config)))
+    for k, paid in (("0", [("one", 1), ("two", 1), ("two", 2)]), ("1", [("one", 1), ("two", 1)])):
         entries = Ledger(federation.kept(k) / "ledger.jsonl").entries
-        assert [entry.round for entry in entries] == rounds
-        assert {entry.run for entry in entries} == {"lineage of private"}
-    summary = run.summary()
-    assert summary is not None and summary["epsilon"] > 0
-    # Who took part in a private round stands in no record; the server's log says it.
-    refused = "Round 2, client 1: policy of client 1, rounds-per-day: "
-    assert refused in run.log.read_text() and "Round 1, client" not in run.log.read_text()
-    assert "WARNING refused: policy of client 1, rounds-per-day" in federation.log("1")
+        assert [(entry.run, entry.round) for entry in entries] == [
+            (f"lineage of {name}", round) for name, round in paid
+        ]
+    for run, total in zip(runs, (spent(1), spent(3)), strict=True):
+        summary, card = run.summary(), (run.adapter / "README.md").read_text()
+        assert summary is not None and summary["epsilon"] == pytest.approx(total, rel=1e-9)
+        assert f"| differential privacy | epsilon {rounded_up(total)} at delta 1e-05" in card
+        assert "A study" not in card
+    assert summary["client_epsilon"] == {
+        "0": {"epsilon": pytest.approx(spent(3))},
+        "1": {
+            "epsilon": pytest.approx(spent(2)),
+            "epsilon-left": pytest.approx(lifetime - spent(2)),
+        },
+    }
+    refusal = "policy of client 1, lifetime-epsilon: this round would bring epsilon to"
+    (row,) = incidents(read_results([run.path]))
+    assert row.client == "1" and row.reason.startswith(refusal)
+    # In which rounds it took part stands in no record; the server's log says it.
+    assert all(not record["failed"] and not record["clients"] for record in run.rounds())
+    assert f"Round 2, client 1: {refusal}" in run.log.read_text()
+    assert "Round 1, client" not in run.log.read_text()
+    assert "WARNING refused: policy of client 1, lifetime-epsilon" in federation.log("1")
+
+
+def test_memory_that_runs_out_is_said_and_a_fresh_trainer_serves_the_next_message(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hungry task asks torch for more than any machine has, which fills nothing."""
+    federation.policy("0", "")
+    monkeypatch.setenv(SOCKET, str(federation.folder / "state0" / "socket" / "trainer.sock"))
+    monkeypatch.setenv(CLIENT, "0")
+    config = Config().with_overrides(RUN)
+    start = resident_model(resident_task(config), config).initial_adapter(0).tensors()
+    content = TrainRequest(round=1, arrays=to_arrays(start)).encode()
+    first = federation.pid("0", "trainer")
+    hungry = config.with_overrides({"task.name": "hungry"})
+    assert asked(hungry, content).refusal == f"{NO_MEMORY} on this client"
+    said = "trainer ended with exit status 75; starting it again"
+    until(lambda: said in federation.log("0"), "the trainer ends")
+    reply = asked(config, content)  # waits until the new one is there
+    assert reply.arrays is not None, reply.refusal
+    assert federation.pid("0", "trainer") != first
+    assert "out of memory: " in federation.log("0")
+
+
+def asked(config: Config, content: RecordDict) -> Reply:
+    """Let the relay ask a client's trainer to train, as in one of Flower's processes."""
+    flower.set_identity(7)
+    message = Message(content, 2, MessageType.TRAIN)
+    flower.set_message_id(message, "m")
+    run_config: UserConfig = {RUN_CONFIG_KEY: config.to_json()}
+    reply = relay.app(message, Context(7, 2, {}, RecordDict(), run_config))
+    return Reply.decode(reply.content)
 
 
 def test_a_second_client_on_the_same_state_is_refused(federation: Federation) -> None:

@@ -26,6 +26,7 @@ from fedgraft.errors import DIVERGED, ConfigError, RunError
 from fedgraft.nodes import Node
 from fedgraft.run_directory import RunDirectory
 from fedgraft.runs import AwayError, FlowerRun
+from server import session
 from server.progress import FAILED, FINISHED, ROUND, START, ProgressWriter
 
 Play = Callable[["ServerApp"], None]
@@ -108,7 +109,7 @@ class Scene:
     online: list[set[str]]
     said: list[str] = field(default_factory=list)
 
-    def submission(self, out: Path, **keys: Any) -> Submission:
+    def submission(self, out: Path | None, **keys: Any) -> Submission:
         settings = {"federation.min-clients": 2, "federation.deadline": 0.3} | keys
         directory = prepare(Config().with_overrides(settings), out)
         return Submission(self.server, directory.config(), directory, self.said.append)
@@ -236,6 +237,35 @@ def test_a_run_that_could_not_begin_leaves_its_name_free(scene: Any, tmp_path: P
         here.submission(tmp_path / "run").run(until_done=True)
     assert len(here.runs.apps) == 1
     RunDirectory.check_free(tmp_path / "run")
+
+
+def test_a_refused_run_leaves_no_folder_behind(
+    scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its own nor the one that runs without a name share, unless others are in it."""
+    monkeypatch.chdir(tmp_path)
+    keys = {"federation.min-clients": 4, "federation.clients": 4}
+    for others in (False, True):
+        if others:
+            (tmp_path / "runs" / "mine").mkdir(parents=True)
+        with pytest.raises(ConfigError, match="min-clients is 4"):
+            scene().submission(None, **keys).run()
+        left = ["mine"] if others else []
+        assert [p.name for p in tmp_path.glob("runs/*")] == left
+        assert (tmp_path / "runs").exists() == others
+
+
+def test_a_run_goes_on_where_its_clients_are(tmp_path: Path) -> None:
+    """A deployed run is not continued in a simulation, nor the other way."""
+    deployed = prepare(Config(), tmp_path / "deployed")
+    simulated = RunDirectory.create(tmp_path / "simulated", Config(), "x")
+    assert session.resume(deployed.path, {}, deployed=True)[0] == Config()
+    with pytest.raises(ConfigError, match="are machines of their own") as caught:
+        session.resume(deployed.path, {})
+    assert f"fedgraft submit --resume {deployed.path}" in caught.value.remedy
+    with pytest.raises(ConfigError, match="are simulated") as caught:
+        session.resume(simulated.path, {}, deployed=True)
+    assert f"fedgraft simulate --resume {simulated.path}" in caught.value.remedy
 
 
 def test_without_until_done_a_death_ends_it(scene: Any, tmp_path: Path) -> None:

@@ -147,13 +147,37 @@ def test_a_table_that_names_a_rule_is_a_variant_of_it() -> None:
         "rank-aware": ("flexlora", 0.0),
     }
     assert found["rank-aware"].strategy.options == {"rank-aware": True}
-    own = Plan(
-        Config().with_overrides(tables), ("fedavg", "fedprox"), (0,), {"strategy.server-lr": [1.0]}
-    )
+    grid = {"strategy.server-momentum": [0.5]}
+    stepped = tables | {"strategy.server-optimizer": "avgm"}
+    own = Plan(Config().with_overrides(stepped), ("fedavg", "fedprox"), (0,), grid)
     assert len(own.variants()) == 2
     with pytest.raises(ConfigError, match="rank-aware is set for all strategies, and fedprox"):
         grid = {"strategy.rank-aware": [True]}
         Plan(Config().with_overrides(tables), ("rank-aware", "fedprox"), (0,), grid).variants()
+
+
+def test_a_grid_over_optimisers_tries_each_with_the_settings_that_it_uses() -> None:
+    grid = {
+        "strategy.server-optimizer": ["none", "avgm", "adam"],
+        "strategy.server-lr": [0.1, 0.2],
+        "strategy.server-tau": [1e-3, 1e-2],
+    }
+    plan = Plan(Config(), ("fedavg",), (0,), grid)
+    found = {label: c.strategy.options for label, c in plan.variants().items()}
+    assert len(found) == 1 + 2 + 4 and plan.beside().keys() == found.keys()
+    assert found["fedavg strategy.server-optimizer=none"] == {"server-optimizer": "none"}
+    label = "fedavg strategy.server-optimizer=avgm strategy.server-lr=0.2"
+    assert found[label] == {"server-optimizer": "avgm", "server-lr": 0.2}
+    unused = {"strategy.server-lr": [0.1, 0.2]}
+    with pytest.raises(ConfigError, match=r"holds strategy\.server-lr, which nothing uses"):
+        Plan(Config(), ("fedavg", "lora-fair"), (0,), unused).variants()
+    one = {"compare.fedavg.strategy.server-optimizer": "avgm"}
+    some = Plan(Config().with_overrides(one), ("fedavg", "ffa-lora"), (0,), unused).variants()
+    assert list(some) == [
+        "fedavg strategy.server-lr=0.1",
+        "fedavg strategy.server-lr=0.2",
+        "ffa-lora",
+    ]
 
 
 def rows(config: dict[str, Any], grid: dict[str, Any], name: str) -> dict[str, list[str]]:
@@ -268,7 +292,8 @@ def test_one_option_of_a_rule_is_not_set_for_all(tmp_path: Path) -> None:
     done = call("compare", "--strategies", "fedavg,lora-fair", "--grid", "strategy.lambda=0.1,0.2")
     assert done.status == 2 and "strategy.lambda is set for all" in done.err
     assert "and fedavg does not know it" in done.err and "compare that one alone" in done.err
-    both = Plan(Config(), ("fedavg", "ffa-lora"), (0,), {"strategy.server-lr": [0.1, 0.2]})
+    avgm = Config().with_overrides({"strategy.server-optimizer": "avgm"})
+    both = Plan(avgm, ("fedavg", "ffa-lora"), (0,), {"strategy.server-lr": [0.1, 0.2]})
     assert len(both.variants()) == 4  # of options that all know, a grid is welcome
     plan = Plan(
         Config().with_overrides({"compare.lora-fair.strategy.lambda": 0.5}),

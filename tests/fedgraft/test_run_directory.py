@@ -129,6 +129,21 @@ def test_a_changed_config_keeps_the_lineage(run: RunDirectory):
     assert run.config().federation.rounds == 60 and run.lineage() == "lineage-1"
 
 
+def test_a_run_says_how_it_goes_on(run: RunDirectory, tmp_path: Path):
+    assert run.resume_command() == f"fedgraft simulate --resume {run.path}"
+    deployed = RunDirectory.create(tmp_path / "a b", Config(), "x", deployed=True)
+    deployed.write_config(Config(), "x")  # what is known stays known
+    command = f"fedgraft submit --resume '{tmp_path / 'a b'}' --to server.toml --until-done"
+    assert deployed.deployed and deployed.resume_command() == command
+    assert deployed.config() == Config()
+
+
+def test_what_clients_told_is_read_back(run: RunDirectory):
+    assert run.clients() == {}
+    run.write_clients({"a": {"epsilon": 1.5, "epsilon-left": None}})
+    assert run.clients() == {"a": {"epsilon": 1.5, "epsilon-left": None}}
+
+
 def test_a_full_disk(full_disk: Path):
     with pytest.raises(RunError, match="the disk is full"):
         RunDirectory.create(full_disk / "run", CONFIG, "x")

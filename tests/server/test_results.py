@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from synthetic_runs import write_comparison, write_run
 
+from fedgraft.config import Config
 from fedgraft.errors import ConfigError
+from server.guarantee import guarantee
+from server.report import render
+from server.report_sections import incidents
 from server.results import read_results
 from server.statistics import references_by_strategy
 from server.table import strategy_rows
@@ -113,6 +119,45 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has not finished") as caught:
         read_results([tmp_path / "run"])
     assert f"simulate --resume {tmp_path / 'run'}" in caught.value.remedy
+    deploy(tmp_path / "run")
+    with pytest.raises(ConfigError, match="has not finished") as caught:
+        read_results([tmp_path / "run"])
+    command = f"fedgraft submit --resume {tmp_path / 'run'} --to server.toml --until-done"
+    assert command in caught.value.remedy
+
+
+def deploy(run: Path) -> None:
+    """Let a run's config say that its clients were machines of their own."""
+    file = run / "config.toml"
+    tree = tomllib.loads(file.read_text())
+    tree["run"]["deployed"] = True
+    file.write_text(tomli_w.dumps(tree))
+
+
+def test_a_deployed_run_is_made_again_by_submit(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", rounds=1)
+    deploy(tmp_path / "run")
+    results = read_results([tmp_path / "run"])
+    assert results.command == "fedgraft submit config.toml --to server.toml --out again"
+
+
+def test_a_private_run_names_who_refused_and_not_when(tmp_path: Path) -> None:
+    """Nor does its report say that all replied."""
+    refusal = "policy of client 1, lifetime-epsilon: epsilon is at 4"
+    privacy = guarantee(
+        Config().with_overrides({"privacy.mode": "example", "privacy.noise-multiplier": 1.0}),
+        4.0,
+        deployed=True,
+    )
+    write_run(tmp_path / "run", rounds=1, privacy=privacy, policy_refusals={"1": refusal})
+    found = incidents(read_results([tmp_path / "run"]))
+    assert [(i.client, i.kind, i.reason, i.rounds) for i in found] == [
+        ("1", "failed", refusal, NOTHING)
+    ]
+    write_run(tmp_path / "quiet", rounds=1, privacy=privacy)
+    report = render(read_results([tmp_path / "quiet"]))
+    assert "a private run names nobody who took part in it" in report
+    assert "every sampled client replied" not in report
 
 
 def test_an_unfinished_comparison_says_how_to_finish_it(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def client(name: str, answer: Answer) -> Node:
 
 def test_every_client_that_may_have_taken_part_counts() -> None:
     told = {
-        "a": Reply(metrics={"epsilon": 2.5}).encode(),
+        "a": Reply(metrics={"epsilon": 2.5, "epsilon-left": 0.5, "loss": 1.0}).encode(),
         "b": Reply(metrics={}).encode(),  # its policy does not let the figure leave
         "c": Reply(refusal="the ledger is damaged").encode(),
         "d": Reply(refusal="policy of client d, tasks: task.name is 'digits'").encode(),
@@ -32,7 +32,8 @@ def test_every_client_that_may_have_taken_part_counts() -> None:
     }
     nodes = {at: client(name, answer) for at, (name, answer) in enumerate(told.items(), start=9)}
     found = ask_spent(FakeGrid(nodes), Roster(ours=True), enough=0, silence=0.2)
-    assert found == {"a": 2.5, "b": None, "c": None, "e": None, "f": None, "g": None}
+    nothing: dict[str, float] = {}
+    assert found == {"a": {"epsilon": 2.5, "epsilon-left": 0.5}} | dict.fromkeys("bcefg", nothing)
 
 
 def test_a_federation_that_has_left_tells_nothing() -> None:

@@ -72,6 +72,20 @@ def test_another_reason_beside_it_is_an_error() -> None:
     assert "client 3: the disk is full" in caught.value.message
 
 
+def test_a_lifetime_that_is_spent_is_an_end_too() -> None:
+    """Of the client that says so, and of no other one that it names."""
+    own = "policy of client 3, lifetime-epsilon: epsilon is at 4, and 4 is all that these data ..."
+    seen = run(grid=budgets(1, 1, 1, 1, reason=own), rounds=9, hooks=Told())
+    assert isinstance(seen, Told) and seen.ended is seen.last and seen.last.state.round == 1
+    with pytest.raises(BudgetSpentError) as caught:
+        run(grid=budgets(0, 0, 0, 0, reason=own), rounds=9)
+    assert caught.value.message.endswith(f"{BUDGET} of client 0, 1, 2, 3; {own}")
+    for other in (own.replace("client 3", "client 2"), own.replace("lifetime-epsilon", "tasks")):
+        with pytest.raises(RunError) as failed:
+            run(grid=budgets(1, 1, 1, 1, reason=other), rounds=9)
+        assert not isinstance(failed.value, BudgetSpentError)
+
+
 def test_a_run_without_any_round_says_so() -> None:
     with pytest.raises(BudgetSpentError, match=r"the privacy budget is spent of client 0, 1, 2, 3"):
         run(grid=budgets(0, 0, 0, 0), rounds=9)
