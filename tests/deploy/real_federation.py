@@ -19,11 +19,13 @@ from typing import Any
 
 import psutil
 from command_line import FEDGRAFT, events
+from network_namespaces import SERVER, Hosts
 from real_server import RealServer, real_server, until, write_server
 from safetensors.torch import load_file
 
 from deploy.client_config import write_example
 from deploy.keys import Keys
+from deploy.server_config import ServerConfig
 
 ROOT = Path(__file__).parents[2]
 SERVER_PARTS = ("superlink", "gateway", "server-app")
@@ -102,11 +104,13 @@ class RealFederation:
     Attributes:
         folder: where all their files are.
         server: the running server.
+        on: the hosts that they run on; None for this one.
         clients: by name, the running `fedgraft client`.
     """
 
     folder: Path
     server: RealServer
+    on: Hosts | None = None
     clients: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _submitted: list[Submitted] = field(default_factory=list)
 
@@ -129,18 +133,15 @@ class RealFederation:
         path = self.state(name) / "log" / "client.log"
         return path.read_text() if path.exists() else ""
 
-    def start_client(self, name: str, within: Sequence[str] = (), wait: bool = True) -> None:
-        """Start a client, by default until it is connected.
+    def _within(self, host: str) -> list[str]:
+        return [] if self.on is None else self.on.within(host)
 
-        Args:
-            name: whose; `real_federation` has written its file.
-            within: what starts the command: `ip netns exec NAME`, say.
-            wait: until its SuperNode is connected.
-        """
+    def start_client(self, name: str, wait: bool = True) -> None:
+        """Start a client, by default until its SuperNode is connected."""
         before = self.log(name).count("SuperNode ID")
         with (self.folder / f"client-{name}.out").open("ab") as out:
             self.clients[name] = subprocess.Popen(
-                [*within, FEDGRAFT, "client", "--config", str(self.config(name))],
+                [*self._within(name), FEDGRAFT, "client", "--config", str(self.config(name))],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -220,12 +221,25 @@ class RealFederation:
 
     def submit(self, out: str, settings: Mapping[str, Any] | None = None, *more: str) -> Submitted:
         """Start `fedgraft submit` with `SMALL`, settings and options on top of it."""
-        said = self.folder / f"{out}.said"
         asked = SMALL | {"federation.clients": len(self.server.keys.invited())} | (settings or {})
-        command = ["submit", "--to", str(self.server.path), "--out", out, *words(asked), *more]
+        return self._submit(self.folder / out, ["--out", out, *words(asked), *more])
+
+    def resume(self, out: Path, *more: str) -> Submitted:
+        """Start `fedgraft submit --resume` on a run directory."""
+        return self._submit(out, ["--resume", str(out), *more])
+
+    def _submit(self, out: Path, options: Sequence[str]) -> Submitted:
+        said = self.folder / f"{out.name}.said"
         with said.open("ab") as file:
             process = subprocess.Popen(
-                [FEDGRAFT, *command],
+                [
+                    *self._within(SERVER),
+                    FEDGRAFT,
+                    "submit",
+                    "--to",
+                    str(self.server.path),
+                    *options,
+                ],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -233,7 +247,7 @@ class RealFederation:
                 env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-        self._submitted.append(Submitted(process, self.folder / out, said))
+        self._submitted.append(Submitted(process, out, said))
         return self._submitted[-1]
 
     def close(self) -> None:
@@ -249,22 +263,24 @@ class RealFederation:
             process.wait()
 
 
-def write_federation(folder: Path, names: Sequence[str], server: str = "") -> Path:
+def write_federation(folder: Path, names: Sequence[str], address: str = "") -> Path:
     """Write keys, server.toml and a client.toml for each name; return server.toml.
 
     Args:
         folder: where; of a short path, since sockets' paths may not be long.
         names: of the clients, which hold one partition of the digits each.
-        server: HOST:PORT that clients reach the gateway by; loopback by default.
+        address: that the server listens on and clients reach; loopback by default.
     """
     path = write_server(folder, tuple(names))
-    listen = next(line for line in path.read_text().splitlines() if line.startswith("listen"))
-    port = listen.rpartition(":")[2].strip('"')
+    keys = Keys(folder / "KEYS")
+    if address:
+        keys.renew_server(["localhost", address])
+        path.write_text(path.read_text().replace('"127.0.0.1:', f'"{address}:'))
     for index, name in enumerate(names):
         write_example(
             folder / f"client-{name}.toml",
-            Keys(folder / "KEYS").client_folder(name),
-            server=server or f"localhost:{port}",
+            keys.client_folder(name),
+            server=ServerConfig.load(path).listen,
             partition=index,
             partitions=len(names),
         )
@@ -273,22 +289,22 @@ def write_federation(folder: Path, names: Sequence[str], server: str = "") -> Pa
 
 @contextmanager
 def real_federation(
-    folder: Path, names: Sequence[str] = ("0", "1", "2"), start: Sequence[str] | None = None
+    folder: Path, names: Sequence[str] = ("0", "1", "2"), on: Hosts | None = None
 ) -> Iterator[RealFederation]:
     """Run a server with its clients for as long as the block lasts.
 
     Args:
         folder: where all files go.
-        names: who is invited.
-        start: who is started; all of them by default.
+        names: who is invited and started.
+        on: hosts of these names; all on this one by default.
     """
-    with real_server(write_federation(folder, names)) as server:
-        made = RealFederation(folder, server)
+    path = write_federation(folder, names, "" if on is None else on.address)
+    with real_server(path, () if on is None else on.within(SERVER)) as server:
+        made = RealFederation(folder, server, on)
         try:
-            started = names if start is None else start
-            for name in started:
+            for name in names:
                 made.start_client(name, wait=False)
-            for name in started:
+            for name in names:
                 made.wait_for(name)
             yield made
         finally:
