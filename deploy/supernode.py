@@ -1,8 +1,9 @@
-"""Flower's SuperNode with what it lacks: a client certificate, and shorter waits.
+"""Flower's SuperNode with what it lacks: a client certificate, shorter waits, and late farewells.
 
 `python -m deploy.supernode OPTIONS` takes flower-supernode's own options. Flower's SuperNode has no
-option for a client certificate, which the gateway asks for, and looks for messages every 3 s. What
-is touched of Flower is here, with a test.
+option for a client certificate, which the gateway asks for, and looks for messages every 3 s. One
+that was killed counts as online for a minute, in which its successor is not let in; so the
+successor takes leave in its place. What is touched of Flower is here, with a test.
 """
 
 from __future__ import annotations
@@ -12,16 +13,31 @@ import os
 import ssl
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+)
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 CERTIFICATE, KEY = "FEDGRAFT_CLIENT_CERTIFICATE", "FEDGRAFT_CLIENT_KEY"
 """Environment variables with the paths of the client's certificate and its key."""
 LONGEST_SLEEP = 0.2
 """Seconds between two questions to the server, or to the ClientApp."""
+
+ONLINE = "online"
+"""File in the SuperNode's folder with its node id, from being let in to taking leave."""
+SEEN_SECONDS = 2.0
+"""How long a node stays away after a late farewell, so that the ServerApp sees what was lost."""
+_AWAY = (502, 503, 504)
 
 
 def wait_less() -> None:
@@ -44,9 +60,41 @@ def present(certificate: str, key: str) -> None:
     patched.load_verify_locations = trust_and_present
 
 
+def take_leave_late(file: Path) -> None:
+    """Let a SuperNode take leave for the one before it on this machine, where that was killed.
+
+    Args:
+        file: holds the node's id for as long as it is online.
+    """
+    activate, deactivate = FleetHttpClient.ActivateNode, FleetHttpClient.DeactivateNode
+
+    def arrive(client: FleetHttpClient, request: ActivateNodeRequest) -> ActivateNodeResponse:
+        if file.exists():
+            try:
+                deactivate(client, DeactivateNodeRequest(node_id=int(file.read_text() or 0)))
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code in _AWAY:
+                    raise  # Flower asks again
+            else:
+                time.sleep(SEEN_SECONDS)
+            file.unlink(missing_ok=True)
+        response = activate(client, request)
+        file.write_text(str(response.node_id))
+        return response
+
+    def leave(client: FleetHttpClient, request: DeactivateNodeRequest) -> DeactivateNodeResponse:
+        response = deactivate(client, request)
+        file.unlink(missing_ok=True)
+        return response
+
+    patched: Any = FleetHttpClient
+    patched.ActivateNode, patched.DeactivateNode = arrive, leave
+
+
 def main() -> None:
-    """Run the SuperNode in this process."""
+    """Run the SuperNode in this process, in the folder that is its own."""
     wait_less()
+    take_leave_late(Path(ONLINE).absolute())
     logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))
     if CERTIFICATE in os.environ:
         present(os.environ[CERTIFICATE], os.environ[KEY])

@@ -6,8 +6,16 @@ import re
 import ssl
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+)
 from flwr.supernode import start_client_internal as loop
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from test_client_config import certificate
 
 from deploy import supernode
@@ -41,3 +49,42 @@ def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
     assert presented == [(str(keys / "client.crt"), "key")]
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata="x")
     assert len(presented) == 1
+
+
+def test_a_supernode_takes_leave_for_the_one_that_was_killed_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    away: list[int] = [503]
+
+    def activate(client: FleetHttpClient, request: ActivateNodeRequest) -> ActivateNodeResponse:
+        asked.append(("arrive", 7))
+        return ActivateNodeResponse(node_id=7)
+
+    def deactivate(
+        client: FleetHttpClient, request: DeactivateNodeRequest
+    ) -> DeactivateNodeResponse:
+        asked.append(("leave", request.node_id))
+        if asked[0] == ("away", 0) and away:
+            answer = httpx.Response(away.pop(), request=httpx.Request("POST", "https://x"))
+            raise httpx.HTTPStatusError("away", request=answer.request, response=answer)
+        return DeactivateNodeResponse()
+
+    monkeypatch.setattr(FleetHttpClient, "ActivateNode", activate)
+    monkeypatch.setattr(FleetHttpClient, "DeactivateNode", deactivate)
+    monkeypatch.setattr(supernode, "SEEN_SECONDS", 0.0)
+    file, client = tmp_path / "online", FleetHttpClient.__new__(FleetHttpClient)
+    supernode.take_leave_late(file)
+    client.ActivateNode(ActivateNodeRequest())
+    assert asked == [("arrive", 7)] and file.read_text() == "7"
+    client.ActivateNode(ActivateNodeRequest())  # after a kill
+    assert asked[1:] == [("leave", 7), ("arrive", 7)]
+    client.DeactivateNode(DeactivateNodeRequest(node_id=7))
+    assert not file.exists()
+    client.ActivateNode(ActivateNodeRequest())
+    asked[:] = [("away", 0)]
+    with pytest.raises(httpx.HTTPStatusError):  # the server is away, too: Flower tries again
+        client.ActivateNode(ActivateNodeRequest())
+    assert file.read_text() == "7"
+    client.ActivateNode(ActivateNodeRequest())
+    assert asked[1:] == [("leave", 7), ("leave", 7), ("arrive", 7)]
