@@ -30,6 +30,13 @@ def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> No
     loop.time.sleep(3)
     loop.time.sleep(0.05)
     assert slept == [supernode.LONGEST_SLEEP, 0.05]
+    slept.clear()
+    for _ in range(supernode.QUIET_AFTER + 2):
+        loop.time.sleep(3)  # no message
+    loop.time.sleep(0.5)  # one is at work
+    loop.time.sleep(3)
+    quick, quiet = supernode.LONGEST_SLEEP, supernode.QUIET_SLEEP
+    assert slept == [quick] * supernode.QUIET_AFTER + [quiet, quiet, quick, quick]
     text = Path(loop.__file__).read_text()
     assert set(re.findall(r"\btime\.(\w+)\(", text)) == {"sleep"}
 
