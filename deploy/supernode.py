@@ -18,6 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from flwr.app import Message
+from flwr.common.constant import SubStatus
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
@@ -56,6 +58,49 @@ def wait_less() -> None:
 
     module: Any = loop
     module.time = SimpleNamespace(sleep=sleep)
+
+
+class _Watched:
+    """A SuperNode's state, and what has been begun in it for the message that is being pulled."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.tasks: list[int] = []
+        self.messages: list[str] = []
+
+    def create_task(self, **what: Any) -> int | None:
+        task: int | None = self._state.create_task(**what)
+        self.tasks += [] if task is None else [task]
+        return task
+
+    def store_message(self, message: Message) -> Any:
+        self.messages.append(message.metadata.message_id)
+        return self._state.store_message(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def forget_what_was_cut_off() -> None:
+    """End the task of a message that did not come whole because its run was over.
+
+    Flower leaves it open, and the ClientApp that it started then waits for the rest for ever.
+    """
+    module: Any = loop
+    pull = module._pull_and_store_message
+
+    def pull_or_forget(state: Any, object_store: Any, **given: Any) -> int | None:
+        watched = _Watched(state)
+        run: int | None = pull(state=watched, object_store=object_store, **given)
+        if run is None:
+            state.delete_messages(message_ids=watched.messages)
+            for message in watched.messages:
+                object_store.delete(message)
+            for task in watched.tasks:
+                state.finish_task(task, sub_status=SubStatus.FAILED, details="cut off")
+        return run
+
+    module._pull_and_store_message = pull_or_forget
 
 
 def present(certificate: str, key: str) -> None:
@@ -105,6 +150,7 @@ def take_leave_late(file: Path) -> None:
 def main() -> None:
     """Run the SuperNode in this process, in the folder that is its own."""
     wait_less()
+    forget_what_was_cut_off()
     take_leave_late(Path(ONLINE).absolute())
     logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))
     if CERTIFICATE in os.environ:

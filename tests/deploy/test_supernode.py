@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -39,6 +41,34 @@ def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> No
     assert slept == [quick] * supernode.QUIET_AFTER + [quiet, quiet, quick, quick]
     text = Path(loop.__file__).read_text()
     assert set(re.findall(r"\btime\.(\w+)\(", text)) == {"sleep"}
+
+
+@pytest.mark.parametrize("run", [None, 5])
+def test_a_message_whose_run_was_over_half_way_leaves_no_clientapp_waiting(
+    monkeypatch: pytest.MonkeyPatch, run: int | None
+) -> None:
+    """Flower's own loop returns None there, and keeps task and message."""
+    did: list[tuple[str, Any]] = []
+    state: Any = SimpleNamespace(
+        create_task=lambda **what: 7,
+        store_message=lambda message: "m",
+        set_node_id=lambda number: did.append(("node", number)),
+        delete_messages=lambda message_ids: did.append(("messages", message_ids)),
+        finish_task=lambda task, sub_status, details: did.append((sub_status, task)),
+    )
+    store: Any = SimpleNamespace(delete=lambda message: did.append(("objects", message)))
+
+    def pull(*, state: Any, object_store: Any, node_config: Any) -> int | None:
+        state.set_node_id(3)
+        assert state.create_task(task_type="x") == 7
+        state.store_message(SimpleNamespace(metadata=SimpleNamespace(message_id="m")))
+        return run
+
+    monkeypatch.setattr(loop, "_pull_and_store_message", pull)
+    supernode.forget_what_was_cut_off()
+    found = loop._pull_and_store_message(state=state, object_store=store, node_config={})
+    ended = [("messages", ["m"]), ("objects", "m"), ("failed", 7)]
+    assert (found, did) == (run, [("node", 3), *(ended if run is None else [])])
 
 
 def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
