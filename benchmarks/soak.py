@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -214,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=args.keep is None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     began = time.monotonic()
 
     def say(line: str) -> None:
