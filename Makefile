@@ -23,6 +23,7 @@ test: .venv/installed  ## Run all tests, slow ones included.
 
 soak: .venv/installed  ## Run the long tests of real processes, in which faults are injected.
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python benchmarks/soak.py
 
 lint: .venv/installed  ## Check style, types and the four floors.
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 import grpc
@@ -26,8 +27,9 @@ from fedgraft.refusal import CONFIG, refusal
 app = ClientApp()
 log = logging.getLogger(__name__)
 WAIT = "FEDGRAFT_TRAINER_WAIT"
-"""Environment variable with the seconds in which a trainer that was killed may come back."""
+"""Environment variable with the seconds in which a trainer may come back, or become free."""
 _WAIT_SECONDS = "60"
+_ASK_SECONDS = 0.2
 _TRIES = 2  # a trainer killed at work is asked once more when it is back
 
 
@@ -125,13 +127,29 @@ def _try(order: Order, socket: Path, *, last: bool) -> Result | None:
                 f"{__version__}; start `fedgraft client` again"
             )
         try:
-            return trainer.Work(order)  # type: ignore[no-any-return]
+            return _work(trainer, order, wait)
         except grpc.RpcError as error:
             code = error.code()
             if code == grpc.StatusCode.UNAVAILABLE and not last:
                 log.warning("the trainer went away at work; asking once more")
                 return None
             raise AwayError(f"{who}: {_reason(error)}") from None
+
+
+def _work(trainer: ResidentTrainerStub, order: Order, wait: float) -> Result:
+    """Hand in an order; one of a run that is over may have to reach its end before.
+
+    Raises:
+        grpc.RpcError: the trainer died, refuses, or stays at work for so many seconds.
+    """
+    end = time.monotonic() + wait
+    while True:
+        try:
+            return trainer.Work(order)  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.ABORTED or time.monotonic() > end:
+                raise
+        time.sleep(_ASK_SECONDS)
 
 
 def _reason(error: grpc.RpcError) -> str:

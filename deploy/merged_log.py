@@ -15,6 +15,8 @@ import click
 from fedgraft.files import disk_errors
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
+"""What a terminal would obey, in a line that quotes what a stranger has sent."""
 _BYTES, _KEPT = 20 * 2**20, 5
 """Size at which the file is put aside as .1, .2 ..., and how many of those are kept."""
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue")
@@ -45,8 +47,11 @@ class MergedLog:
         self._file.handleError = lambda record: None  # type: ignore[method-assign]
 
     def write(self, part: str, line: str) -> None:
-        """Add one line; colours are taken off, and a line of nothing is left out."""
-        text = _ANSI.sub("", line).rstrip()
+        r"""Add one line; colours are taken off, and a line of nothing is left out.
+
+        Other control characters are written as \xNN.
+        """
+        text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _ANSI.sub("", line).rstrip())
         if not text:
             return
         time = datetime.now().astimezone().isoformat(sep=" ", timespec="milliseconds")

@@ -29,6 +29,7 @@ listen = {listen}
 
 # Flower's SuperLink, on loopback. Whoever may log in to this machine reaches it.
 superlink-port = 8000
+silent-seconds = 120.0  # after so long without an answer it is killed and started again
 
 [limits]
 body-mib = 64  # the largest request; adapters travel in pieces of 5 MiB
@@ -53,6 +54,7 @@ class ServerConfig(WithState):
     keys: FilePath
     listen: Annotated[str, Field(min_length=1)] = "0.0.0.0:9443"
     superlink_port: Port = 8000
+    silent_seconds: Annotated[float, Field(ge=1.0)] = 120.0  # of the SuperLink
     limits: LimitsConfig = LimitsConfig()
 
     @property

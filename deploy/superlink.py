@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy.keys import Keys
 from deploy.server_config import ServerConfig
-from deploy.supervisor import Part, listens
+from deploy.supervisor import Part, greets, listens
 from fedgraft.flower import flower_environment, write_connection
 
 NAME = "superlink"
@@ -34,4 +34,13 @@ def superlink(config: ServerConfig, keys: Keys) -> Part:
         "PYTHONUNBUFFERED": "1",
     }
     ready = listens(config.superlink_port)
-    return Part(NAME, command, ready, environment=environment, folder=config.state, hides=_NOISE)
+    return Part(
+        NAME,
+        command,
+        ready,
+        environment=environment,
+        folder=config.state,
+        hides=_NOISE,
+        answers=greets(config.superlink_port),
+        silent_seconds=config.silent_seconds,
+    )

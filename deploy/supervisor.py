@@ -12,6 +12,7 @@ import pwd
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -33,6 +34,9 @@ OWN = "fedgraft"
 """The name under which the supervisor itself writes into the log."""
 _TICK, _MEANWHILE_SECONDS = 0.05, 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_GREETING_SECONDS = 10.0
+_WATCHES = 10
+"""How often a part is asked within the time that it may be silent."""
 _STEADY_SECONDS = 60.0
 """A part that ran this long has recovered: its next pause is the first one again."""
 
@@ -53,6 +57,9 @@ class Part:
         user: the Unix user that it runs as, with that user's main group only; None: our own.
         before: called before every start, to remove a stale socket, say.
         hides: lines in which this is found are left out of the log.
+        answers: whether it still does, asked on a thread of its own once it is ready, so it may
+            take some seconds; None: a part that hangs is left alone.
+        silent_seconds: after so long without an answer it is killed and started again.
     """
 
     name: str
@@ -66,6 +73,8 @@ class Part:
     user: str | None = None
     before: Callable[[], None] = lambda: None
     hides: re.Pattern[str] | None = None
+    answers: Callable[[], bool] | None = None
+    silent_seconds: float = 120.0
 
 
 def listens(port: int, host: str = "127.0.0.1") -> Callable[[], bool]:
@@ -73,6 +82,26 @@ def listens(port: int, host: str = "127.0.0.1") -> Callable[[], bool]:
 
     def check() -> bool:
         with suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+            return True
+        return False
+
+    return check
+
+
+def greets(port: int, host: str = "127.0.0.1") -> Callable[[], bool]:
+    """Return a check whether somebody at work stands behind a TLS port.
+
+    The system accepts connections for a process that hangs, and only that process can shake hands.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said there
+
+    def check() -> bool:
+        with (
+            suppress(OSError),
+            socket.create_connection((host, port), timeout=_GREETING_SECONDS) as plain,
+            context.wrap_socket(plain),
+        ):
             return True
         return False
 
@@ -88,6 +117,7 @@ class _Seat:
     reader: threading.Thread | None = None
     answered: bool = False
     started: float = 0.0  # monotonic seconds
+    heard: float = 0.0  # when it last answered, monotonic seconds
     due: float = 0.0  # when it is started next, while it has no process
     pause: float = field(default_factory=lambda: _FIRST_PAUSE)
     starts: int = 0
@@ -209,14 +239,25 @@ class Supervisor:
                 self._bury(seat, _how(seat.process.returncode))
             elif not seat.answered:
                 self._await(seat, now)
+            elif seat.part.answers is not None and now - seat.heard > seat.part.silent_seconds:
+                self._bury(seat, f"did not answer for {seat.part.silent_seconds:g} s")
 
     def _await(self, seat: _Seat, now: float) -> None:
         if seat.part.ready():
-            seat.answered = True
+            seat.answered, seat.heard = True, now
+            if seat.part.answers is not None:
+                threading.Thread(target=self._watch, args=(seat, seat.process), daemon=True).start()
             self._log.write(OWN, f"{seat.part.name} is ready after {now - seat.started:.1f} s")
             self._record()
         elif now - seat.started > seat.part.ready_seconds:
             self._bury(seat, f"did not answer in {seat.part.ready_seconds:g} s")
+
+    def _watch(self, seat: _Seat, process: subprocess.Popen[bytes]) -> None:
+        assert seat.part.answers is not None
+        while seat.process is process:
+            if seat.part.answers():
+                seat.heard = time.monotonic()
+            time.sleep(seat.part.silent_seconds / _WATCHES)
 
     def _start_again(self, seat: _Seat) -> None:
         """Start a part that ran before; where that fails (an upgrade, say) try later."""

@@ -14,6 +14,7 @@ from client.resident.service import start, stop
 from client.resident.worker import Worker
 from deploy.client_config import ClientConfig
 from fedgraft.errors import FedGraftError
+from fedgraft.files import remove_debris
 from fedgraft.logs import quiet_environment
 
 FRESH = 75
@@ -29,6 +30,7 @@ def main() -> int:
     try:
         config = ClientConfig.load(Path(sys.argv[1]))
         Policy.load(config.policy)  # what is wrong with it is told at once
+        remove_debris(config.kept)  # of a trainer that was killed while it wrote
         worker = Worker(Desk(config.own()), 60 * config.idle_minutes)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,16 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what processes that were killed left half written anywhere below a folder.
+
+    Nobody else may be writing there. What is another user's stays.
+    """
+    for debris in folder.rglob(".*.tmp"):
+        with suppress(OSError):
+            debris.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -52,6 +52,12 @@ def error_reply(message: Message, error: Exception) -> Message:
     return Message(Error(code=code, reason=f"{type(error).__name__}: {error}"), reply_to=message)
 
 
+def is_lost(reply: Message) -> bool:
+    """Whether a message got no answer since a SuperNode or a ClientApp died with it."""
+    lost = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+    return reply.has_error() and reply.error.code in lost
+
+
 def write_app(
     folder: Path,
     run_config: Mapping[str, str | int | float | bool],

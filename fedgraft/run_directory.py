@@ -30,7 +30,7 @@ import tomli_w
 
 from fedgraft.config import RECORDED, Config
 from fedgraft.errors import ConfigError, RunError
-from fedgraft.files import disk_errors, write_json, write_text
+from fedgraft.files import disk_errors, remove_debris, write_json, write_text
 from fedgraft.settings import read_toml
 
 OUT_KEY = "fedgraft.out"
@@ -156,8 +156,7 @@ class RunDirectory:
             except OSError:
                 pass  # a file system without locks
             else:
-                for debris in self.path.rglob(".*.tmp"):
-                    debris.unlink(missing_ok=True)
+                remove_debris(self.path)
             yield
         finally:
             os.close(descriptor)

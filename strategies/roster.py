@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgraft.adapter import natural_order
 from fedgraft.errors import RunError, UpdateError
+from fedgraft.flower import is_lost
 from fedgraft.messages import HELLO, Hello
 from fedgraft.refusal import CONFIG
 from strategies.replies import trouble_of
@@ -25,35 +28,81 @@ POLL_SECONDS = 0.05
 HELLO_SECONDS = 120.0
 GRACE_SECONDS = 5.0
 """How long a round is held up for the names of newcomers; who is slower joins a later one."""
+BACK_SECONDS = 20.0
+"""How long a node whose message was lost may take to be there again."""
+_TIMES_AGAIN = 2
 
 
 def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterator[Message]:
     """Send messages and yield the replies as they arrive.
+
+    Where a node's processes died with its message, and the node is there again soon, it is asked
+    once more: what it answers is the same, so nothing but time is lost.
 
     Args:
         grid: carries the messages.
         messages: one a node.
         deadline: seconds without any reply after which the missing ones are given up.
     """
-    # A list, since Flower's own grid goes through the messages twice; and it returns None as the
-    # id of a message that it could not take.
-    sent = list(messages)
-    if not sent:
-        return
-    waiting = {message_id for message_id in grid.push_messages(sent) if message_id}
+    waiting = _push(grid, list(messages))
+    lost: list[_Lost] = []
+    again: Counter[int] = Counter()  # by node, how often it was asked once more
     heard = time.monotonic()
-    while waiting:
+    while waiting or lost:
         arrived = False
-        for reply in grid.pull_messages(waiting):
+        for reply in grid.pull_messages(list(waiting)) if waiting else ():
             arrived = True
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
+            asked = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if asked is None:
+                continue
+            if is_lost(reply) and again[asked.metadata.dst_node_id] < _TIMES_AGAIN:
+                lost.append(_Lost(asked, reply, time.monotonic()))
+            else:
+                yield reply
+        present = set(grid.get_node_ids()) if lost else set()
+        for one in list(lost):
+            node = one.asked.metadata.dst_node_id
+            if node in present:
+                log.warning("Node %d is there again, and is asked once more", node)
+                again[node] += 1
+                waiting |= _push(grid, [_copy(one.asked)])
+                arrived = True
+            elif time.monotonic() - one.since > BACK_SECONDS:
+                yield one.reply
+            else:
+                continue
+            lost.remove(one)
         if arrived:
             heard = time.monotonic()
             continue
         if time.monotonic() - heard > deadline:
+            yield from (one.reply for one in lost)
             return
         time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A message that died with those who were to answer it."""
+
+    asked: Message
+    reply: Message
+    since: float  # monotonic seconds
+
+
+def _push(grid: Grid, messages: list[Message]) -> dict[str, Message]:
+    """Send messages; return those that are on their way by their ids."""
+    if not messages:
+        return {}
+    # A list, since Flower's own grid goes through the messages twice; and it returns None as the
+    # id of a message that it could not take.
+    ids = list(grid.push_messages(messages))
+    return {id: message for id, message in zip(ids, messages, strict=True) if id}
+
+
+def _copy(message: Message) -> Message:
+    """Return the same message, to be sent anew under an id of its own."""
+    return Message(message.content, message.metadata.dst_node_id, message.metadata.message_type)
 
 
 class Roster:

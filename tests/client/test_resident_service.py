@@ -228,6 +228,23 @@ def test_the_relay_says_that_the_trainer_is_busy(tiny: Config, ours: Path, echo:
     assert said == "client north: its resident trainer is at work for somebody else"
 
 
+def test_the_relay_waits_for_what_a_dead_run_left_at_work(
+    tiny: Config, ours: Path, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller is there yet, and goes away only after the next run has asked."""
+    monkeypatch.setenv(relay.WAIT, "20")
+    with listening(echo, ours), channel(ours) as connection, ThreadPoolExecutor(1) as pool:
+        call = ResidentTrainerStub(connection).Work.future(empty("wait"))
+        assert Echo.began.wait(20)
+        refused, ask = threading.Event(), relay.time.sleep
+        monkeypatch.setattr(relay.time, "sleep", lambda s: (refused.set(), ask(s)))
+        content = RecordDict({"config": ConfigRecord()})
+        answered = pool.submit(relayed, "train", tiny, content)
+        assert refused.wait(20)
+        call.cancel()
+        assert answered.result(20) == content
+
+
 def test_the_relay_needs_a_client(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SOCKET, raising=False)
     said = Reply.decode(relayed("train", tiny, RecordDict())).refusal

@@ -9,7 +9,7 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +137,17 @@ class RealServer:
 
 
 @contextmanager
-def real_server(path: Path) -> Iterator[RealServer]:
-    """Run `fedgraft server --config PATH` for as long as the block lasts."""
+def real_server(path: Path, within: Sequence[str] = ()) -> Iterator[RealServer]:
+    """Run `fedgraft server --config PATH` for as long as the block lasts.
+
+    Args:
+        path: server.toml.
+        within: what starts the command: `ip netns exec NAME`, say.
+    """
     need_nginx()
     config = ServerConfig.load(path)
     process = subprocess.Popen(
-        [FEDGRAFT, "server", "--config", str(path), "--quiet"],
+        [*within, FEDGRAFT, "server", "--config", str(path), "--quiet"],
         cwd=path.parent,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

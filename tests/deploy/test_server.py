@@ -322,6 +322,19 @@ def test_a_part_that_is_killed_comes_back(server: RealServer, part: str):
     assert f"{part} was killed by signal 9; starting it again in 0.5 s" in server.log()
 
 
+@pytest.mark.soak
+def test_a_superlink_that_hangs_is_started_again(tmp_path: Path):
+    path = write_server(tmp_path, ("alice",))
+    path.write_text(path.read_text().replace("silent-seconds = 120.0", "silent-seconds = 5.0"))
+    with real_server(path) as one:
+        hung = one.parts()["superlink"]["pid"]
+        os.kill(hung, signal.SIGSTOP)
+        until(lambda: one.parts()["superlink"]["starts"] == 2 and one.parts()["superlink"]["ready"])
+        assert not alive(hung)
+        assert "superlink did not answer for 5 s; starting it again in 0.5 s" in one.log()
+        activate(one, "alice")
+
+
 def test_a_second_server_on_the_same_state_is_refused(server: RealServer):
     done = call("server", "--config", server.path)
     assert done.status == 2

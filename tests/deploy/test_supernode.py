@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+)
 from flwr.supernode import start_client_internal as loop
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from test_client_config import certificate
 
 from deploy import supernode
@@ -22,8 +32,43 @@ def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> No
     loop.time.sleep(3)
     loop.time.sleep(0.05)
     assert slept == [supernode.LONGEST_SLEEP, 0.05]
+    slept.clear()
+    for _ in range(supernode.QUIET_AFTER + 2):
+        loop.time.sleep(3)  # no message
+    loop.time.sleep(0.5)  # one is at work
+    loop.time.sleep(3)
+    quick, quiet = supernode.LONGEST_SLEEP, supernode.QUIET_SLEEP
+    assert slept == [quick] * supernode.QUIET_AFTER + [quiet, quiet, quick, quick]
     text = Path(loop.__file__).read_text()
     assert set(re.findall(r"\btime\.(\w+)\(", text)) == {"sleep"}
+
+
+@pytest.mark.parametrize("run", [None, 5])
+def test_a_message_whose_run_was_over_half_way_leaves_no_clientapp_waiting(
+    monkeypatch: pytest.MonkeyPatch, run: int | None
+) -> None:
+    """Flower's own loop returns None there, and keeps task and message."""
+    did: list[tuple[str, Any]] = []
+    state: Any = SimpleNamespace(
+        create_task=lambda **what: 7,
+        store_message=lambda message: "m",
+        set_node_id=lambda number: did.append(("node", number)),
+        delete_messages=lambda message_ids: did.append(("messages", message_ids)),
+        finish_task=lambda task, sub_status, details: did.append((sub_status, task)),
+    )
+    store: Any = SimpleNamespace(delete=lambda message: did.append(("objects", message)))
+
+    def pull(*, state: Any, object_store: Any, node_config: Any) -> int | None:
+        state.set_node_id(3)
+        assert state.create_task(task_type="x") == 7
+        state.store_message(SimpleNamespace(metadata=SimpleNamespace(message_id="m")))
+        return run
+
+    monkeypatch.setattr(loop, "_pull_and_store_message", pull)
+    supernode.forget_what_was_cut_off()
+    found = loop._pull_and_store_message(state=state, object_store=store, node_config={})
+    ended = [("messages", ["m"]), ("objects", "m"), ("failed", 7)]
+    assert (found, did) == (run, [("node", 3), *(ended if run is None else [])])
 
 
 def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
@@ -41,3 +86,42 @@ def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
     assert presented == [(str(keys / "client.crt"), "key")]
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata="x")
     assert len(presented) == 1
+
+
+def test_a_supernode_takes_leave_for_the_one_that_was_killed_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    away: list[int] = [503]
+
+    def activate(client: FleetHttpClient, request: ActivateNodeRequest) -> ActivateNodeResponse:
+        asked.append(("arrive", 7))
+        return ActivateNodeResponse(node_id=7)
+
+    def deactivate(
+        client: FleetHttpClient, request: DeactivateNodeRequest
+    ) -> DeactivateNodeResponse:
+        asked.append(("leave", request.node_id))
+        if asked[0] == ("away", 0) and away:
+            answer = httpx.Response(away.pop(), request=httpx.Request("POST", "https://x"))
+            raise httpx.HTTPStatusError("away", request=answer.request, response=answer)
+        return DeactivateNodeResponse()
+
+    monkeypatch.setattr(FleetHttpClient, "ActivateNode", activate)
+    monkeypatch.setattr(FleetHttpClient, "DeactivateNode", deactivate)
+    monkeypatch.setattr(supernode, "SEEN_SECONDS", 0.0)
+    file, client = tmp_path / "online", FleetHttpClient.__new__(FleetHttpClient)
+    supernode.take_leave_late(file)
+    client.ActivateNode(ActivateNodeRequest())
+    assert asked == [("arrive", 7)] and file.read_text() == "7"
+    client.ActivateNode(ActivateNodeRequest())  # after a kill
+    assert asked[1:] == [("leave", 7), ("arrive", 7)]
+    client.DeactivateNode(DeactivateNodeRequest(node_id=7))
+    assert not file.exists()
+    client.ActivateNode(ActivateNodeRequest())
+    asked[:] = [("away", 0)]
+    with pytest.raises(httpx.HTTPStatusError):  # the server is away, too: Flower tries again
+        client.ActivateNode(ActivateNodeRequest())
+    assert file.read_text() == "7"
+    client.ActivateNode(ActivateNodeRequest())
+    assert asked[1:] == [("leave", 7), ("leave", 7), ("arrive", 7)]

@@ -7,6 +7,8 @@ import os
 import pwd
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,9 +23,10 @@ import psutil
 import pytest
 
 from deploy import supervisor as supervisor_module
+from deploy.certificates import issue_server, make_authority
 from deploy.leash import MARK, end, family
 from deploy.merged_log import MergedLog
-from deploy.supervisor import Part, Supervisor
+from deploy.supervisor import Part, Supervisor, greets, listens
 from fedgraft.errors import RunError
 
 WAIT = "import time; time.sleep(600)"
@@ -116,6 +119,42 @@ def test_a_part_that_dies_comes_back_and_what_it_started_is_gone(tmp_path: Path)
         assert again["pid"] != first and not alive(orphan)
     assert "one was killed by signal 9; starting it again in 0.5 s" in log(tmp_path)
     assert not alive(int(log(tmp_path).split("child ")[2].split()[0]))
+
+
+def test_a_part_that_hangs_is_started_again(tmp_path: Path):
+    beat = tmp_path / "beat"
+    code = f"import time; b = Path({str(beat)!r}); ready()\nwhile True: b.touch(); time.sleep(0.02)"
+
+    def beats() -> bool:
+        return beat.exists() and time.time() - beat.stat().st_mtime < 0.5
+
+    with kept(tmp_path, part(tmp_path, "one", code, answers=beats, silent_seconds=1.5)):
+        first = running(tmp_path)["one"]["pid"]
+        until(beats)
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: (now := running(tmp_path)["one"])["starts"] == 2 and now["ready"])
+        assert not alive(first)
+        until(beats)
+    assert "one did not answer for 1.5 s; starting it again in 0.5 s" in log(tmp_path)
+
+
+def test_only_a_process_at_work_shakes_hands(tmp_path: Path):
+    issue_server(make_authority("CA"), ["localhost"]).write(tmp_path / "crt", tmp_path / "key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        port = plain.getsockname()[1]
+        check = greets(port)
+        thread = threading.Thread(
+            target=lambda: context.wrap_socket(plain.accept()[0], server_side=True).close()
+        )
+        thread.start()
+        assert check()
+        thread.join(20)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(supervisor_module, "_GREETING_SECONDS", 0.2)
+            assert listens(port)() and not check()  # it is accepted, and nobody is there
+    assert not check()
 
 
 def test_pauses_grow_and_begin_anew_after_a_steady_time(

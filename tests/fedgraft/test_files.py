@@ -14,7 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fedgraft.errors import RunError
-from fedgraft.files import read_tensors, write_bytes, write_json, write_tensors, write_text
+from fedgraft.files import (
+    read_tensors,
+    remove_debris,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -203,3 +210,15 @@ def test_missing_tensors_are_an_error_that_names_the_file(tmp_path: Path):
     (tmp_path / "noise").write_bytes(bytes(range(200)))
     with pytest.raises(RunError, match="noise cannot be read"):
         read_tensors(tmp_path / "noise")
+
+
+def test_debris_of_killed_processes_is_removed_and_nothing_else(tmp_path: Path):
+    whole = [tmp_path / "x.tmp", tmp_path / ".hidden", tmp_path / "below" / "x"]
+    debris = [tmp_path / ".x.17.tmp", tmp_path / "below" / ".x.18.tmp"]
+    (tmp_path / "below").mkdir()
+    for path in (*whole, *debris):
+        path.write_text("x")
+    remove_debris(tmp_path)
+    assert [path.exists() for path in whole] == [True] * 3
+    assert [path.exists() for path in debris] == [False] * 2
+    remove_debris(tmp_path / "nowhere")

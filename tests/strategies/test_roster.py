@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_grid import ARRAYS, Answer, Client, FakeGrid, Node, Seen, nodes
 from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedgraft.errors import RunError
 from fedgraft.messages import HELLO, Hello, TrainRequest
@@ -308,3 +309,50 @@ def test_three_of_ten_clients_failing_each_round_do_not_end_a_run():
     for outcome in seen.outcomes[1:]:
         assert len(outcome.reports) == 7 and len(outcome.failed) == 3
     assert {name for outcome in seen.outcomes for name in outcome.failed} == set(names)
+
+
+LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+
+
+@pytest.mark.parametrize("code", LOST)
+def test_who_died_with_a_message_is_asked_once_more_and_the_result_is_the_same(code: int):
+    plain = Seen()
+    AdapterStrategy(hooks=plain).start(FakeGrid(nodes()), ARRAYS, num_rounds=2)
+    deaths: list[int] = []
+
+    class Dying(Client):
+        def reply(self, request: TrainRequest) -> Answer:
+            if request.round not in deaths:
+                deaths.append(request.round)
+                return Error(code, "died")
+            return super().reply(request)
+
+    seen = Seen()
+    grid = FakeGrid(nodes(c1=Dying("1", weight=11.0)))
+    AdapterStrategy(hooks=seen).start(grid, ARRAYS, num_rounds=2)
+    assert deaths == [1, 2] and seen.last.failed == {}
+    assert seen.last.state.adapter.digest() == plain.last.state.adapter.digest()
+
+
+def test_who_dies_again_and_again_or_stays_away_fails_with_flowers_reason(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(roster_module, "BACK_SECONDS", 0.1)
+    grid = FakeGrid({1: lambda message: Error(8, "it crashed"), 2: lambda message: RecordDict()})
+    replies = list(exchange(grid, messages(1, 2), 5.0))
+    assert [m.metadata.dst_node_id for m in grid.sent] == [1, 2, 1, 1]
+    assert sorted(r.error.reason if r.has_error() else "" for r in replies) == ["", "it crashed"]
+
+    def leave(message: Message) -> Answer:
+        del gone.nodes[1]
+        return Error(5, "unavailable")
+
+    gone = FakeGrid({1: leave})
+    (reply,) = exchange(gone, messages(1), 5.0)
+    assert reply.error.reason == "unavailable" and len(gone.sent) == 1
+
+
+def test_an_exception_in_a_client_app_is_no_loss_to_be_asked_again():
+    grid = FakeGrid({1: lambda message: Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "bug")})
+    (reply,) = exchange(grid, messages(1), 5.0)
+    assert reply.error.reason == "bug" and len(grid.sent) == 1
