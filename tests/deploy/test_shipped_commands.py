@@ -234,3 +234,28 @@ def test_server_and_client_run_as_shipped(kind: str, tmp_path: Path) -> None:
         look = made.shipped[2].box.run(["python", "-c", cannot, *hidden])
         assert look.stdout == "[]\n", (look.stdout, look.stderr)
     assert not made.well(0)
+
+
+@pytest.mark.soak
+def test_the_federations_keys_reach_each_client_and_no_other(tmp_path: Path) -> None:
+    """The one-shot service of federation.yaml, which `up` runs again and again."""
+    need_boxes()
+    tmp_path.chmod(0o755)
+    host = Host(tmp_path, {"root": 0, **image_users()})
+    volumes = {
+        name: host.place(name, "root", mode=0o755) for name in ("keys-0", "keys-1", "keys-2")
+    }
+    volumes["keys"] = host.place("keys", "fedgraft")
+    one = from_compose(host, "federation.yaml", "keys", volumes)
+    words = [word.replace("$$", "$") for word in one.words]  # as compose does
+    private = []
+    for _ in range(2):
+        done = one.box.run(words)
+        assert done.returncode == 0, done.stderr
+        private.append([(volumes[f"keys-{name}"] / "node").read_bytes() for name in "012"])
+    assert private[0] == private[1] and len(set(private[0])) == 3
+    node = image_users()["fedgraft-node"]
+    for path in (path for name in "012" for path in volumes[f"keys-{name}"].iterdir()):
+        assert path.stat().st_uid == node
+    assert {one.stat().st_uid for one in volumes["keys"].rglob("*")} == {image_users()["fedgraft"]}
+    assert sorted(Keys(volumes["keys"]).invited()) == ["0", "1", "2"]
