@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from deploy.config_file import DEFAULT_GATEWAY
+from deploy.config_file import DEFAULT_GATEWAY, NODE, TRAINER
 
 
 @click.command()
 @click.option("--config", "file", type=click.Path(path_type=Path), help="The client's file.")
+@click.option("--only", type=click.Choice([TRAINER, NODE]), help="Run this one of the two parts.")
 @click.option("--init", type=click.Path(path_type=Path), help="Write an example of that file.")
 @click.option("--keys", type=click.Path(path_type=Path), help="With --init: KEYS/clients/NAME.")
 @click.option(
@@ -20,6 +21,7 @@ from deploy.config_file import DEFAULT_GATEWAY
 @click.option("--partitions", default=3, show_default=True, help="With --init: of how many.")
 def client(
     file: Path | None,
+    only: str | None,
     init: Path | None,
     keys: Path | None,
     server: str,
@@ -33,14 +35,15 @@ def client(
 
     Write that file first: fedgraft client --init client.toml --keys KEYS/clients/NAME.
     It starts the resident trainer, which holds base and data, and Flower's SuperNode, which speaks
-    to the server; restarts what dies; and stops on SIGTERM or Ctrl-C.
+    to the server; restarts what dies; and stops on SIGTERM or Ctrl-C. With --only the two are
+    started apart, each by a user or in a container of its own.
     """
     if (file is None) == (init is None):
         raise click.UsageError("Name a file with --config, or write one with --init.")
     if init is not None:
         _write(init, keys, server, partition, partitions)
     elif file is not None:
-        _run(file)
+        _run(file, only)
 
 
 def _write(
@@ -72,21 +75,23 @@ def _digits_base() -> str:
         return resident_model(resident_task(config), config).base_hash
 
 
-def _run(file: Path) -> None:
+def _run(file: Path, only: str | None) -> None:
     from client.policy import Policy
     from deploy.client_config import ClientConfig
     from deploy.client_parts import parts
-    from deploy.isolation import prepare
+    from deploy.isolation import check_starter, prepare
     from deploy.lock import only_one
     from deploy.merged_log import MergedLog
     from deploy.supervisor import OWN, Supervisor
 
     config = ClientConfig.load(file)
-    Policy.load(config.policy)
-    name = config.client
-    with only_one(config.lock, "client"):
-        prepare(config)
-        log = MergedLog(config.log, screen=True)
+    if only != NODE:  # whose user may not read it
+        Policy.load(config.policy)
+    house = config.house(only)
+    check_starter(config, only)
+    with only_one(house.lock, "client"):
+        prepare(config, only)
+        log = MergedLog(house.log, screen=True)
         try:
             if not config.two_users:
                 log.write(
@@ -94,8 +99,9 @@ def _run(file: Path) -> None:
                     "trainer and SuperNode are one Unix user: a hostile server's code could read "
                     "this client's data (trainer-user, node-user)",
                 )
-            ready = f"client {name} is ready; its server is {config.server}"
-            supervisor = Supervisor(parts(config, file), log, config.parts)
+            who = f"client {config.client}" if only is None else f"{only} of {config.client}"
+            ready = f"{who} is ready; its server is {config.server}"
+            supervisor = Supervisor(parts(config, file, only), log, house.parts)
             supervisor.run(when_ready=lambda: log.write(OWN, ready))
         finally:
             log.close()

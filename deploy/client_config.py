@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 import re
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -15,7 +15,15 @@ from pydantic import Field
 
 from client.policy import EXAMPLE as POLICY
 from client.resident.own import Own
-from deploy.config_file import DEFAULT_GATEWAY, FilePath, WithState, as_written_in, check_new
+from deploy.config_file import (
+    DEFAULT_GATEWAY,
+    NODE,
+    TRAINER,
+    FilePath,
+    WithState,
+    as_written_in,
+    check_new,
+)
 from fedgraft.config import Group, Positive
 from fedgraft.errors import ConfigError
 from fedgraft.files import write_text
@@ -55,6 +63,32 @@ partitions = {partitions}
 # path = "data.jsonl"  # data of this client's own; then leave partition and partitions out"""
 _PATH = """\
 path = "data.jsonl"  # this client's own data: a file or a folder, as `fedgraft data` reads it"""
+
+
+@dataclass(frozen=True)
+class House:
+    """What a supervisor keeps for itself.
+
+    Attributes:
+        folder: where.
+    """
+
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """The readable log of all that it runs."""
+        return self.folder / "log" / "client.log"
+
+    @property
+    def parts(self) -> Path:
+        """What runs, while it runs: {part: {"pid", "starts", "ready"}}."""
+        return self.folder / "parts.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one supervisor here."""
+        return self.folder / "client.lock"
 
 
 class DataConfig(Group):
@@ -125,6 +159,14 @@ class ClientConfig(WithState):
     def node_keys(self) -> Path:
         """The SuperNode's copy of the client's keys, where it is a user of its own."""
         return self.state / "node-keys"
+
+    def house(self, only: str | None = None) -> House:
+        """Return where a supervisor keeps its log and lock.
+
+        Args:
+            only: the one part that it runs; it then has that part's folder and no other.
+        """
+        return House({None: self.state, TRAINER: self.kept, NODE: self.node}[only])
 
     def own(self) -> Own:
         """Return what the resident trainer works with."""
@@ -235,19 +277,6 @@ def _check(read: ClientConfig, path: Path) -> None:
             f"{path} must set both of trainer-user and node-user, or none of them",
             "They keep what the server sends away from the data.",
         )
-    if read.two_users and os.geteuid() != 0 and read.trainer_user not in _mine():
-        raise ConfigError(
-            f"{path} sets trainer-user and node-user, and only root can start two users' processes",
-            "Start `fedgraft client` as root, or leave both out.",
-        )
-
-
-def _mine() -> tuple[str | int, ...]:
-    uid = os.geteuid()
-    try:
-        return (uid, pwd.getpwuid(uid).pw_name)
-    except KeyError:
-        return (uid,)
 
 
 def write_example(

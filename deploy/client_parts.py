@@ -11,33 +11,36 @@ from pathlib import Path
 from client.resident.protocol import CLIENT, SOCKET
 from deploy import supernode
 from deploy.client_config import ClientConfig, user_and_group
+from deploy.config_file import NODE, TRAINER
 from deploy.supervisor import Part, listens
 from fedgraft.flower import flower_environment, free_port
 
-TRAINER, NODE = "trainer", "supernode"
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "FEDGRAFT_TEST")
 """What the SuperNode's processes, which count as the server's, see of our own environment."""
 _POLL_SECONDS = "0.05"
 
 
-def parts(config: ClientConfig, file: Path) -> list[Part]:
-    """Return the trainer and the SuperNode.
+def parts(config: ClientConfig, file: Path, only: str | None = None) -> list[Part]:
+    """Return the trainer and the SuperNode, or one of them.
 
     Args:
         config: what `file` holds.
         file: client.toml, which the trainer reads itself.
+        only: the one part that is wanted; its user is then whoever starts it.
     """
-    return [_trainer(config, file), _node(config)]
+    takes_user = only is None and config.two_users
+    found = [] if only == NODE else [_trainer(config, file, takes_user)]
+    return found if only == TRAINER else [*found, _node(config, takes_user)]
 
 
-def _trainer(config: ClientConfig, file: Path) -> Part:
+def _trainer(config: ClientConfig, file: Path, takes_user: bool) -> Part:
     environment = {k: v for k, v in os.environ.items() if k != "FEDGRAFT_SIMULATION"}
     if config.two_users:
         environment["HOME"] = str(config.kept)
     return Part(
         name=TRAINER,
         command=[
-            *as_user(config.trainer_user),
+            *as_user(config.trainer_user if takes_user else None),
             *(sys.executable, "-m", "deploy.trainer", str(file.resolve())),
         ],
         ready=lambda: _answers(config.socket),
@@ -49,7 +52,7 @@ def _trainer(config: ClientConfig, file: Path) -> Part:
     )
 
 
-def _node(config: ClientConfig) -> Part:
+def _node(config: ClientConfig, takes_user: bool) -> Part:
     port = free_port()
     environment = {
         name: value
@@ -66,14 +69,17 @@ def _node(config: ClientConfig) -> Part:
     if config.keys is None:
         options.append("--insecure")
     else:
-        keys = config.node_keys if config.two_users else config.keys
+        keys = config.node_keys if takes_user else config.keys
         environment[supernode.CERTIFICATE] = str(keys / "client.crt")
         environment[supernode.KEY] = str(keys / "client.key")
         options += ["--root-certificates", str(keys / "ca.crt")]
         options += ["--auth-supernode-private-key", str(keys / "node")]
     return Part(
         name=NODE,
-        command=[*as_user(config.node_user), sys.executable, "-m", "deploy.supernode", *options],
+        command=[
+            *as_user(config.node_user if takes_user else None),
+            *(sys.executable, "-m", "deploy.supernode", *options),
+        ],
         ready=listens(port),
         environment=environment,
         folder=config.node,

@@ -14,6 +14,8 @@ from fedgraft.settings import read_toml, unflatten
 
 DEFAULT_GATEWAY = "127.0.0.1:9443"
 """Where the example server listens, and the example client looks for it."""
+TRAINER, NODE = "trainer", "supernode"
+"""The two parts of a client."""
 FilePath = Annotated[Path, Field(strict=False)]
 
 

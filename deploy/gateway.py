@@ -37,6 +37,7 @@ _RELOAD_SECONDS = 10.0
 _INSTALL = "Install it: apt-get install nginx (Debian, Ubuntu), dnf install nginx (Fedora)."
 _NOISE = re.compile(
     r"\[notice\]|closed keepalive connection|while sending to client"
+    r"|closed connection while waiting for request"  # as `fedgraft status --parts` does
     # these three have a line of their own, with the client's name
     r"|no required SSL certificate|SSL certificate verify error|plain HTTP request to HTTPS port"
 )

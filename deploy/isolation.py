@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from deploy.as_user import become
 from deploy.client_config import ClientConfig, user_and_group
+from deploy.config_file import NODE, TRAINER
 from fedgraft.errors import ConfigError
 from fedgraft.files import disk_errors
 
@@ -20,19 +22,56 @@ NODE_KEYS = ("ca.crt", "client.crt", "client.key", "node")
 _LOOKED_INTO = 1000  # files of a folder of data
 
 
-def prepare(config: ClientConfig) -> None:
+def check_starter(config: ClientConfig, only: str | None = None) -> None:
+    """Check that whoever starts a client can make its processes the users that it names.
+
+    Args:
+        config: the client's.
+        only: the one part that is started; it takes its own user to start it.
+
+    Raises:
+        ConfigError: another user must start it.
+    """
+    if not config.two_users:
+        return
+    if only is None:
+        if os.geteuid() != 0:
+            raise ConfigError(
+                "trainer-user and node-user are set, and only root can start two users' processes",
+                "Start `fedgraft client` as root, each part as its own user with --only, or leave "
+                "both keys out.",
+            )
+        return
+    user = _user_of(config, only)
+    if user_and_group(user)[0] != os.geteuid():
+        raise ConfigError(
+            f"--only {only} is started by user {os.geteuid()}, and the config names {user}",
+            f"Start it as that user: runuser -u {user} -- fedgraft client --only {only} ...",
+        )
+
+
+def prepare(config: ClientConfig, only: str | None = None) -> None:
     """Make the state folder's parts, each for who may use it.
+
+    Args:
+        config: the client's.
+        only: the one part that is started; nothing of the other's is touched.
 
     Raises:
         ConfigError: one of the users cannot do its work, or the SuperNode's can read what it must
             not.
         RunError: a folder cannot be made.
     """
+    folders = {TRAINER: [config.kept, config.socket.parent], NODE: [config.node]}
+    wanted = [*folders[TRAINER], *folders[NODE]] if only is None else folders[only]
     with disk_errors(config.state):
-        for folder in (config.kept, config.node, config.socket.parent, config.log.parent):
+        for folder in (*wanted, config.house(only).log.parent):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
     if not config.two_users:
+        return
+    if only is not None:
+        _prepare_one(config, only)
         return
     assert config.trainer_user is not None and config.node_user is not None
     trainer, node = user_and_group(config.trainer_user), user_and_group(config.node_user)
@@ -52,6 +91,38 @@ def prepare(config: ClientConfig) -> None:
         if config.keys is not None:
             copy_keys(config.keys, config.node_keys, node[1])
     _check(config, trainer, node)
+
+
+def _user_of(config: ClientConfig, only: str) -> str | int:
+    user = config.trainer_user if only == TRAINER else config.node_user
+    assert user is not None
+    return user
+
+
+def _prepare_one(config: ClientConfig, only: str) -> None:
+    """Do for one part, as its user, what `prepare` does for both as root.
+
+    Raises:
+        ConfigError: this user cannot do its work, or can read what it must not.
+    """
+    if only == NODE:
+        open_to = [path for path in private_paths(config, keys=False) if os.access(path, os.R_OK)]
+        if open_to:
+            raise _too_open(config, open_to[0])
+        return
+    for path in _needed(config):
+        if not os.access(path, os.R_OK):
+            raise _out_of_reach(config, path)
+    group = user_and_group(_user_of(config, NODE))[1]
+    try:
+        os.chown(config.socket.parent, -1, group)
+    except PermissionError:
+        raise ConfigError(
+            f"trainer-user {config.trainer_user} is not in the group of node-user "
+            f"{config.node_user}, and so cannot let it come to {config.socket.parent}",
+            f"Add it: usermod --append --groups {config.node_user} {config.trainer_user}",
+        ) from None
+    config.socket.parent.chmod(0o710)
 
 
 def _renew(folder: Path, owner: tuple[int, int]) -> None:
@@ -80,19 +151,12 @@ def copy_keys(source: Path, target: Path, group: int) -> None:
 
 
 def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]) -> None:
-    private = private_paths(config)
-    if open_to := readable(*node, private):
-        raise ConfigError(
-            f"node-user {config.node_user} can read {open_to[0]}, and with it the server's code",
-            f"Take it away: chown {config.trainer_user} {open_to[0]}; chmod go= {open_to[0]}",
-        )
-    needed = [config.policy, *([] if config.data.path is None else [config.data.path])]
+    if open_to := readable(*node, private_paths(config)):
+        raise _too_open(config, open_to[0])
+    needed = _needed(config)
     can = readable(*trainer, needed)
     if missing := [path for path in needed if path not in can]:
-        raise ConfigError(
-            f"trainer-user {config.trainer_user} cannot read {missing[0]}",
-            f"Let it: chown {config.trainer_user} {missing[0]}, and let it pass the folders above",
-        )
+        raise _out_of_reach(config, missing[0])
     for user, ids in ((config.trainer_user, trainer), (config.node_user, node)):
         if not readable(*ids, [Path(sys.executable)]):
             raise ConfigError(
@@ -101,15 +165,44 @@ def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]
             )
 
 
-def private_paths(config: ClientConfig) -> list[Path]:
-    """Return what the SuperNode's user must not be able to read."""
-    paths = [config.policy, config.kept, *config.kept.rglob("*")]
-    if config.keys is not None:
+def _needed(config: ClientConfig) -> list[Path]:
+    """Return what the trainer must be able to read."""
+    return [config.policy, *([] if config.data.path is None else [config.data.path])]
+
+
+def _too_open(config: ClientConfig, path: Path) -> ConfigError:
+    return ConfigError(
+        f"node-user {config.node_user} can read {path}, and with it the server's code",
+        f"Take it away: chown {config.trainer_user} {path}; chmod go= {path}",
+    )
+
+
+def _out_of_reach(config: ClientConfig, path: Path) -> ConfigError:
+    return ConfigError(
+        f"trainer-user {config.trainer_user} cannot read {path}",
+        f"Let it: chown {config.trainer_user} {path}, and let it pass the folders above",
+    )
+
+
+def private_paths(config: ClientConfig, keys: bool = True) -> list[Path]:
+    """Return what the SuperNode's user must not be able to read.
+
+    Args:
+        config: the client's.
+        keys: whether the original keys belong to it: not where the SuperNode has no copy.
+    """
+    paths = [config.policy, config.kept, *_below(config.kept)]
+    if keys and config.keys is not None:
         paths += [config.keys / name for name in NODE_KEYS[2:]]
     if config.data.path is not None:
-        paths.append(config.data.path)
-        paths += islice(config.data.path.rglob("*"), _LOOKED_INTO)
+        paths += [config.data.path, *islice(_below(config.data.path), _LOOKED_INTO)]
     return paths
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield what lies below a folder; nothing where this user may not look."""
+    with suppress(PermissionError):
+        yield from folder.rglob("*")
 
 
 def readable(uid: int, gid: int, paths: Iterable[Path]) -> list[Path]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from server.run_command import PATH, as_json_option
-
 if TYPE_CHECKING:
+    from deploy.health import Health
     from deploy.status import RunStatus
+
+PATH = click.Path(path_type=Path)
 
 
 @click.command()
@@ -23,17 +25,49 @@ if TYPE_CHECKING:
     show_default=True,
     help="The server's config, on its own machine.",
 )
-@as_json_option
-def status(server: Path, as_json: bool) -> None:
+@click.option("--client", type=PATH, help="A client's config: its parts, in place of a server.")
+@click.option("--parts", "only_parts", is_flag=True, help="Of the server its parts alone; cheap.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def status(server: Path, client: Path | None, only_parts: bool, as_json: bool) -> int | None:
     """Show a server: its clients, its run, the round, and who is at work.
 
     \b
     Example: fedgraft status --to server.toml
+             fedgraft status --to server.toml --parts     # for a watchdog
+             fedgraft status --client client.toml         # on a client's machine
 
     A client is "training" while the round waits for it; of a private run nobody is told, and it is
     "online". Bytes are of all messages of the run, as
     the server's SuperLink counts them; epsilon is what clients tell, or the server's own ledger.
+    With --parts or --client the exit status is 1 where a part does not answer.
     """
+    if client is not None:
+        from deploy.client_config import ClientConfig
+        from deploy.health import client_health
+
+        return _told(client_health(ClientConfig.load(client)), as_json)
+    if only_parts:
+        from deploy.health import server_health
+        from deploy.server_config import ServerConfig
+
+        return _told(server_health(ServerConfig.load(server)), as_json)
+    _show(server, as_json)
+    return None
+
+
+def _told(found: list[Health], as_json: bool) -> int:
+    """Print how parts are, and return the exit status."""
+    good = all(one.good for one in found)
+    if as_json:
+        click.echo(json.dumps({"good": good, "parts": [asdict(one) for one in found]}, indent=2))
+    else:
+        for one in found:
+            click.echo(f"{one.part:<11}{one.text}")
+    return 0 if good else 1
+
+
+def _show(server: Path, as_json: bool) -> None:
+    """Print all that a server knows."""
     from rich.console import Console
     from rich.table import Table
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,7 @@ import pytest
 
 from deploy.client_config import ClientConfig
 from deploy.client_parts import as_user
-from deploy.isolation import NODE_KEYS, copy_keys, prepare, readable
+from deploy.isolation import NODE_KEYS, check_starter, copy_keys, prepare, readable
 from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
 
@@ -110,7 +110,76 @@ def test_nothing_that_the_supernode_left_in_its_folder_runs_as_root(folder: Path
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may start two users' processes")
 def test_two_users_need_root(folder: Path):
     with pytest.raises(ConfigError, match="only root can start two users' processes"):
-        ClientConfig.load(folder / "client.toml")
+        check_starter(ClientConfig.load(folder / "client.toml"))
+
+
+@root
+def test_a_part_alone_is_started_by_its_own_user(folder: Path):
+    config = ClientConfig.load(folder / "client.toml")
+    for only, user in (("trainer", TRAINER), ("supernode", NODE)):
+        with pytest.raises(ConfigError, match=f"started by user 0, and the config names {user}"):
+            check_starter(config, only)
+
+
+@root
+@pytest.mark.parametrize(
+    ("only", "uid", "groups", "said"),
+    [
+        ("trainer", TRAINER, [NODE], ""),
+        ("trainer", TRAINER, [], f"trainer-user {TRAINER} is not in the group of node-user {NODE}"),
+        ("supernode", NODE, [], ""),
+    ],
+)
+def test_each_part_alone_makes_its_own_folders(
+    only: str, uid: int, groups: list[int], said: str, folder: Path
+):
+    state = folder / "state"
+    for name, owner in (("", 0), ("trainer", TRAINER), ("socket", TRAINER), ("node", NODE)):
+        (state / name).mkdir(mode=0o711 if not name else 0o700)
+        os.chown(state / name, owner, owner)
+    config = ClientConfig.load(folder / "client.toml")
+    assert _as_user(uid, groups, lambda: prepare(config, only)) == said
+    if only == "trainer" and not said:
+        found = config.socket.parent.stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (TRAINER, NODE, 0o710)
+        assert readable(NODE, NODE, [config.kept, config.socket.parent]) == []
+    assert config.house(only).log.parent.is_dir()
+
+
+@root
+def test_the_supernode_alone_refuses_to_start_where_it_can_read_the_data(folder: Path):
+    (folder / "state").mkdir()
+    (folder / "state" / "node").mkdir()
+    os.chown(folder / "state" / "node", NODE, NODE)
+    (folder / "rows.jsonl").chmod(0o644)
+    config = ClientConfig.load(folder / "client.toml")
+    said = _as_user(NODE, [], lambda: prepare(config, "supernode"))
+    assert said.startswith(f"node-user {NODE} can read {folder / 'rows.jsonl'}")
+
+
+def _as_user(uid: int, groups: list[int], act: Callable[[], None]) -> str:
+    """Do something as a user; return the beginning of what it says of an error."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            os.setgroups(groups)
+            os.setgid(uid)
+            os.setuid(uid)
+            act()
+        except ConfigError as error:
+            said = error.message.split(", and so")[0]
+        except BaseException as error:
+            said = repr(error)
+        finally:
+            os.write(into, said.encode())
+            os._exit(0)
+    os.close(into)
+    with os.fdopen(out) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return text
 
 
 def command() -> list[str]:

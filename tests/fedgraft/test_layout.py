@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names of the files in a wheel, built from a copy of the tree and without the network."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy of the tree and without the network."""
     source = tmp_path_factory.mktemp("source")
     skip = shutil.ignore_patterns("__pycache__")
     for floor in FLOORS:
@@ -31,10 +32,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     (source / "tests").mkdir()
     (source / "tests" / "test_x.py").write_text("")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out"]
-    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (source / "out").glob("fedgraft-*.whl")
-    return set(zipfile.ZipFile(file).namelist())
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> set[str]:
+    """The names of the files in the wheel."""
+    return set(zipfile.ZipFile(built).namelist())
 
 
 def test_every_module_of_the_six_folders_is_in_the_wheel(wheel: set[str]):
@@ -53,6 +60,27 @@ def test_every_data_file_is_in_the_wheel(wheel: set[str]):
     assert {"fedgraft/py.typed", "fedgraft/tasks/digits_base/model.safetensors"} <= data
     assert any(name.startswith("server/templates/") for name in data)
     assert data <= wheel
+
+
+def test_commands_run_from_the_wheel_and_not_from_a_checkout(built: Path, tmp_path: Path):
+    """As images have it: the wheel's files before anything else, and its entry points."""
+    zipfile.ZipFile(built).extractall(tmp_path / "site")
+    script = (
+        "from fedgraft.cli import main; import sys, deploy.server_command as found;"
+        "print(found.__file__); main(sys.argv[1:])"
+    )
+    for words in (["server", "--help"], ["client", "--help"], ["status", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        first, rest = done.stdout.split("\n", 1)
+        assert first == str(tmp_path / "site" / "deploy" / "server_command.py")
+        assert f"Usage: fedgraft {words[0]}" in rest
 
 
 def test_nothing_else_is_in_the_wheel(wheel: set[str]):
