@@ -88,7 +88,8 @@ class AdapterStrategy(Strategy):
         hooks: what to do around rounds.
         privacy: clip and noise what the rule sums, see `strategies.client_privacy`; its rate takes
             the place of `fraction`, sampling is Poisson, and no number of updates ends the run.
-        ours: every client is FedGraft's own, see `strategies.roster.Roster`.
+        ours: every client is FedGraft's own, see `strategies.roster.Roster`; what travels is a
+            parcel then (`fedgraft.parcel`).
 
     Raises:
         ConfigError: an unknown rule or option, or a rule that cannot be private by client.
@@ -139,6 +140,7 @@ class AdapterStrategy(Strategy):
         self.rank_scaling = rank_scaling
         self.hooks = hooks or RoundHooks()
         self.privacy = privacy
+        self.ours = ours
         self.roster = Roster(ours=ours)
         self._spool_folder = spool
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -347,7 +349,8 @@ class AdapterStrategy(Strategy):
             durable_round=self.hooks.durable_round(),
             split=split,
         )
-        return Requests(self.rule, state, common, self.rank_scaling, send, start, training)
+        how = self.rank_scaling, send, start, training, self.ours
+        return Requests(self.rule, state, common, *how)
 
     def ask(
         self,
