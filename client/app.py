@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from client.node import ADAPTERS, Node, memory_of
@@ -22,6 +22,7 @@ from fedgraft.deployed import is_deployed
 from fedgraft.errors import DataError, DiskFullError, FedGraftError, PrivacyError
 from fedgraft.generation import evaluate
 from fedgraft.messages import FinalAdapter, Hello, Reply, TrainRequest
+from fedgraft.parcel import pack
 from fedgraft.resident_model import resident_task
 
 app = ClientApp()
@@ -100,12 +101,17 @@ def _train(message: Message, context: Context) -> Reply:
     if plan.sparse:
         tensors = {name: tensor - seat.held[name] for name, tensor in tensors.items()}
     companions = update.companions
+    wrapped = pack if request.packed else _as_they_are
     return Reply(
-        arrays=to_arrays(tensors, compact=plan.sparse),
+        arrays=wrapped(to_arrays(tensors, compact=plan.sparse)),
         weight=work.weight(),
         metrics=work.metrics(),
-        companions=to_arrays(companions) if companions else None,
+        companions=wrapped(to_arrays(companions)) if companions else None,
     )
+
+
+def _as_they_are(arrays: ArrayRecord) -> ArrayRecord:
+    return arrays
 
 
 def _evaluate(message: Message, context: Context) -> Reply:

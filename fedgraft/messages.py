@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedgraft.adapter import Tensors, from_arrays, payload_bytes
 from fedgraft.errors import UpdateError
+from fedgraft.parcel import is_packed, unpack
 from fedgraft.refusal import CONFIG, REFUSAL, refusal
 
 ARRAYS, COMPANIONS, METRICS = "arrays", "companions", "metrics"
@@ -49,6 +50,7 @@ class TrainRequest:
         split: which of the client's data an evaluation is on, "validation" or "test".
         counted: the last round in which the server used this client's update, 0 for none; what the
             client kept of later ones is void. -1 where the server does not say.
+        packed: the arrays came as a parcel (`fedgraft.parcel`), and the answer's may, too.
     """
 
     round: int
@@ -62,6 +64,7 @@ class TrainRequest:
     constants_hash: str = ""
     split: str = "validation"
     counted: int = -1
+    packed: bool = False
 
     def encode(self, extra: ConfigRecord | None = None) -> RecordDict:
         """Return the records of a Flower message, on top of the caller's own settings."""
@@ -85,21 +88,23 @@ class TrainRequest:
         """Read a request; what another strategy does not send has its default.
 
         Raises:
-            UpdateError: the message has no arrays.
+            UpdateError: the message has no arrays, or they cannot be read.
         """
         config = _config(content)
+        arrays = _arrays(content)
         return cls(
             round=int(_number(config, "server-round", 1)),
-            arrays=_arrays(content),
+            arrays=unpack(arrays),
             train=str(config.get("train", "AB")),
             lineage=str(config.get("lineage", "")),
             a_hash=str(config.get("a-hash", "")),
             base_hash=str(config.get("base-hash", "")),
             durable_round=int(_number(config, "durable-round", 0)),
-            companions=_records(content, ArrayRecord).get(COMPANIONS),
+            companions=_companions(content),
             constants_hash=str(config.get("constants-hash", "")),
             split=str(config.get("split", "validation")),
             counted=int(_number(config, "counted", -1)),
+            packed=is_packed(arrays),
         )
 
     def tensors(self) -> Tensors:
@@ -142,7 +147,8 @@ class Reply:
         """Read a reply. Its numbers are untrusted: absurd metrics, NaN and Inf are left out.
 
         Raises:
-            UpdateError: the reply has no metrics, or its weight is missing or not a number.
+            UpdateError: the reply has no metrics, its weight is missing or not a number, or its
+                arrays cannot be read.
         """
         if reason := str(_config(content).get(REFUSAL, "")):
             return cls(refusal=reason)
@@ -160,9 +166,8 @@ class Reply:
             and isinstance(value, int | float)
             and abs(value) <= _LARGEST_METRIC  # which NaN is not
         }
-        sent = _records(content, ArrayRecord)
-        companions = sent.get(COMPANIONS)
-        arrays = _arrays(content) if sent else None
+        arrays = unpack(_arrays(content)) if _records(content, ArrayRecord) else None
+        companions = _companions(content)
         return cls(arrays=arrays, weight=float(weight), metrics=numbers, companions=companions)
 
 
@@ -232,11 +237,11 @@ class FinalAdapter:
         """Read what was sent.
 
         Raises:
-            UpdateError: the message has no arrays.
+            UpdateError: the message has no arrays, or they cannot be read.
         """
         config = _config(content)
         texts = (str(config.get(name, "")) for name in ("settings", "card", "lineage"))
-        return cls(_arrays(content), *texts)
+        return cls(unpack(_arrays(content)), *texts)
 
 
 def array_bytes(content: RecordDict) -> int:
@@ -265,6 +270,11 @@ def _arrays(content: RecordDict) -> ArrayRecord:
     if len(records) == 1:
         return next(iter(records.values()))
     raise UpdateError(f"the message holds {len(records)} array records, not one named {ARRAYS!r}")
+
+
+def _companions(content: RecordDict) -> ArrayRecord | None:
+    found = _records(content, ArrayRecord).get(COMPANIONS)
+    return None if found is None else unpack(found)
 
 
 def _number(config: ConfigRecord, key: str, default: int) -> float:

@@ -13,6 +13,7 @@ from fedgraft.adapter import payload_bytes, to_arrays
 from fedgraft.adapter_folder import CARD, SETTINGS, WEIGHTS
 from fedgraft.files import read_tensors
 from fedgraft.messages import KEEP, FinalAdapter
+from fedgraft.parcel import pack
 from strategies.replies import trouble_of
 from strategies.roster import Roster, exchange
 
@@ -57,7 +58,7 @@ def hand_out(
     """
     roster.refresh(grid, enough)
     names = roster.names()
-    arrays = to_arrays(read_tensors(adapter / WEIGHTS)[0])
+    arrays = pack(to_arrays(read_tensors(adapter / WEIGHTS)[0]))
     settings, card = ((adapter / name).read_text() for name in (SETTINGS, CARD))
     content = FinalAdapter(arrays, settings, card, lineage).encode()
     messages = [Message(content, roster.node_of(name), KEEP) for name in names]

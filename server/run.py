@@ -345,7 +345,7 @@ class FederatedRun(RoundHooks):
         self._keep_told(told_by_clients(self.config, outcome))
 
     def _keep_told(self, found: Mapping[str, Mapping[str, Any]]) -> None:
-        new = {name: self.told.get(name, {}) | said for name, said in found.items() if said}
+        new = {name: {**self.told.get(name, {}), **said} for name, said in found.items() if said}
         if new:
             self.told |= new
             self.directory.write_clients(self.told)

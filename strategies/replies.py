@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from flwr.app import Message, MetricRecord, MetricRecordValues
 
-from fedgraft.adapter import Tensors, from_arrays, natural_order, payload_bytes
+from fedgraft.adapter import Tensors, from_arrays, natural_order
 from fedgraft.errors import (
     BUDGET,
     DIVERGED,
@@ -21,7 +21,7 @@ from fedgraft.errors import (
     RunError,
     UpdateError,
 )
-from fedgraft.messages import Reply
+from fedgraft.messages import Reply, array_bytes
 from strategies.rounds import ClientReport
 from strategies.spool import UpdateSpool
 from strategies.validation import Intake, check_weight, norm, outliers
@@ -66,10 +66,9 @@ class Training:
                 return reply.refusal
             if reply.arrays is None:
                 raise UpdateError("the reply has no arrays")
-            self.bytes_up += payload_bytes(reply.arrays)
+            self.bytes_up += array_bytes(message.content)
             companions: Tensors = {}
             if reply.companions is not None:
-                self.bytes_up += payload_bytes(reply.companions)
                 companions = from_arrays(reply.companions, {})
             tensors = from_arrays(reply.arrays, self.intake.sparse_entries)
             rank = self.intake.check(client, tensors, companions, reply.weight)

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord
 
 from fedgraft.adapter import Tensors, digest, to_arrays
 from fedgraft.messages import CONSTANT, RESIDUAL, RULE, TrainRequest
+from fedgraft.parcel import pack
 from strategies.local import Factors
 from strategies.ranks import RankScaling, cut_adapter
 from strategies.rounds import StrategyState
@@ -26,6 +27,7 @@ class Requests:
         send: the factors that go down.
         round: the round that clients start from this; the one after, for an evaluation.
         training: the rule decides what is sent; an evaluation sends the global adapter.
+        packed: arrays travel as a parcel, which only FedGraft's own clients read.
     """
 
     rule: Rule
@@ -35,6 +37,7 @@ class Requests:
     send: Factors
     round: int
     training: bool
+    packed: bool = False
     _arrays: dict[int | None, ArrayRecord] = field(default_factory=dict)
     _constants: Tensors = field(default_factory=dict)
     _companions: dict[bool, ArrayRecord | None] = field(default_factory=dict)
@@ -68,7 +71,7 @@ class Requests:
 
     def _arrays_at(self, rank: int | None) -> ArrayRecord:
         if rank not in self._arrays:
-            self._arrays[rank] = self._encode(rank)
+            self._arrays[rank] = self._wrapped(self._encode(rank))
         return self._arrays[rank]
 
     def _encode(self, rank: int | None) -> ArrayRecord:
@@ -84,6 +87,9 @@ class Requests:
             return ArrayRecord({name: self.common.arrays[name] for name in names})
         return to_arrays(adapter.tensors(self.send), compact=compact)
 
+    def _wrapped(self, arrays: ArrayRecord) -> ArrayRecord:
+        return pack(arrays) if self.packed else arrays
+
     def _beside(self, *, with_constants: bool) -> ArrayRecord | None:
         with_constants = with_constants and bool(self._constants)
         if with_constants not in self._companions:
@@ -93,7 +99,8 @@ class Requests:
             tensors |= _prefixed(RULE, sent)
             if with_constants:
                 tensors |= _prefixed(CONSTANT, self._constants)
-            self._companions[with_constants] = to_arrays(tensors) if tensors else None
+            encoded = self._wrapped(to_arrays(tensors)) if tensors else None
+            self._companions[with_constants] = encoded
         return self._companions[with_constants]
 
 

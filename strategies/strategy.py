@@ -91,7 +91,8 @@ class AdapterStrategy(Strategy):
             the place of `fraction`, sampling is Poisson, and no number of updates ends the run.
             Releases are written down by `hooks.on_release` and nowhere else: its default keeps no
             ledger.
-        ours: every client is FedGraft's own, see `strategies.roster.Roster`.
+        ours: every client is FedGraft's own, see `strategies.roster.Roster`; what travels is a
+            parcel then (`fedgraft.parcel`).
 
     Raises:
         ConfigError: an unknown rule or option, or a rule that cannot be private by client.
@@ -144,6 +145,7 @@ class AdapterStrategy(Strategy):
         self.rank_scaling = rank_scaling
         self.hooks = hooks or RoundHooks()
         self.privacy = privacy
+        self.ours = ours
         self.roster = Roster(ours=ours)
         self._spool_folder = spool
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -355,7 +357,8 @@ class AdapterStrategy(Strategy):
             durable_round=self.hooks.durable_round(),
             split=split,
         )
-        return Requests(self.rule, state, common, self.rank_scaling, send, start, training)
+        how = self.rank_scaling, send, start, training, self.ours
+        return Requests(self.rule, state, common, *how)
 
     def ask(
         self,

@@ -12,6 +12,7 @@ from flwr.app import Error, Message
 from fedgraft.adapter import PREFIX
 from fedgraft.files import write_tensors, write_text
 from fedgraft.messages import HELLO, FinalAdapter, Hello, Reply
+from fedgraft.parcel import pack
 from server.handout import hand_out
 from strategies.roster import Roster
 
@@ -53,7 +54,8 @@ def test_who_keeps_it_and_who_does_not_is_told(adapter: Path) -> None:
     found = hand_out(grid, Roster(ours=True), adapter, "abc", enough=0, silence=0.2)
     assert found.kept == ["2", "10"]
     assert found.missed == {"bad": "no room", "dead": "killed", "mute": "no reply"}
-    assert found.bytes_down == 5 * len(clients[0].given[0].arrays[A].data)
+    (parcel,) = pack(clients[0].given[0].arrays).values()
+    assert found.bytes_down == 5 * len(parcel.data)
     (given,) = clients[0].given
     assert (given.settings, given.card, given.lineage) == ("{}", "card", "abc")
 
