@@ -79,14 +79,16 @@ DIGITS = COMMON | {
 SST2 = COMMON | {
     "task.name": "text-classification",
     "task.text-field": "sentence",
-    "task.max-length": 32,
-    "task.samples": 3000,
+    "task.max-length": 24,
+    "task.samples": 6000,
     "adapter.targets": ["query", "value"],
+    "adapter.rank": 4,
     "federation.concentration": 1.0,
     "federation.rounds": 8,
-    "train.steps": 4,
-    "train.batch-size": 32,
-    "evaluate.every": 2,
+    "train.optimizer": "adamw",
+    "train.steps": 6,
+    "train.batch-size": 48,
+    "evaluate.every": 4,
     "evaluate.samples": 400,
 }
 
@@ -130,10 +132,10 @@ EXPERIMENTS = {
         },
     ),
     "sst2": Experiment(
-        "sentiment of 3,000 sentences, MiniLM, Dirichlet 1 over labels",
+        "sentiment of 6,000 sentences, MiniLM, Dirichlet 1 over labels",
         SST2,
         (FIRST, "ffa-lora"),
-        {None: (0.1, 0.4), 3.0: (0.1, 0.4)},
+        {None: (0.004, 0.008), 3.0: (0.002, 0.008)},
     ),
 }
 
@@ -335,7 +337,12 @@ def draw(path: Path, experiment: Experiment, file: Path) -> None:
             shift = 0.09 * (place - (len(rules) - 1) / 2)
             at = [x + shift for x in range(len(found))]
             seeds = [[v * unit.scale for v in by_rule[rule].values()] for by_rule in found.values()]
-            axes.plot(at, [fmean(values) for values in seeds], **look(place))
+            means = [fmean(values) for values in seeds]
+            noised = sum(
+                budget is None for budget in found
+            )  # "none" comes first, and is no epsilon
+            for part in (slice(noised), slice(noised, None)):
+                axes.plot(at[part], means[part], **look(place))
             for x, values in zip(at, seeds, strict=True):
                 axes.plot(
                     [x] * len(values),

@@ -61,12 +61,21 @@ def in_words(promised: Mapping[str, Any] | None) -> str:
     """Say a guarantee in one line, as the card and the report do."""
     if promised is None:
         return "none"
-    amount = "without bound" if promised["epsilon"] is None else rounded_up(promised["epsilon"])
-    if untold := promised["untold"]:
+    return f"epsilon {amount(promised)} {terms(promised)}"
+
+
+def amount(promised: Mapping[str, Any]) -> str:
+    """Return a guarantee's epsilon, or why there is no number."""
+    if untold := promised.get("untold"):  # older runs do not say
         least = "nothing" if promised["told"] is None else rounded_up(promised["told"])
-        amount = f"unknown, since {untold} do not tell theirs (the others: {least}),"
+        return f"unknown, since {untold} do not tell theirs (the others: {least}),"
+    return "without bound" if promised["epsilon"] is None else rounded_up(promised["epsilon"])
+
+
+def terms(promised: Mapping[str, Any]) -> str:
+    """Say all of a guarantee that is not its epsilon."""
     said = (
-        f"epsilon {amount} at delta {promised['delta']:g} for {promised['unit']} "
+        f"at delta {promised['delta']:g} for {promised['unit']} "
         f"({promised['relation']}), against {promised['against']}; "
         f"{_ACCOUNTANT[promised['accountant']]} accountant, all that the ledgers hold"
     )

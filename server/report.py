@@ -80,6 +80,7 @@ def render(results: Results) -> str:
         incidents=report_sections.incidents(results),
         hidden=any(map(report_sections.keeps_back, results.runs)),
         notes=report_sections.notes(results),
+        promises=report_sections.promises(results),
         runs=report_sections.run_rows(results),
         settings=report_sections.settings(results),
         config=tomli_w.dumps(results.config),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedgraft.settings import flatten
-from server.guarantee import in_words
+from server.guarantee import in_words, terms
 from server.results import Results, Run
 from server.series import clients_at_chosen_round, natural
 from server.units import NOTHING, Unit, clip, listed, number, ranges
@@ -233,6 +233,12 @@ def settings(results: Results) -> list[Setting]:
         if key not in ("seed", "strategy.name")
     ]
     return [row for row in rows if len(set(row.values)) > 1]
+
+
+def promises(results: Results) -> list[str]:
+    """Return what the epsilons of the runs stand for, each way once."""
+    private = [run.summary["privacy"] for run in results.runs if run.summary.get("privacy")]
+    return list(dict.fromkeys(f"Epsilon is {terms(promised)}." for promised in private))
 
 
 def versions(results: Results) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ class StrategyRow:
         wall, train, aggregate: seconds a run, mean.
         steps: optimizer steps of all clients together a run, mean.
         memory: peak megabytes of a run's own process, mean.
-        epsilon: the privacy spent, the worst run's.
+        epsilon: the privacy spent, the worst run's; "unknown" where a client does not tell.
     """
 
     label: str
@@ -120,7 +120,6 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
         ahead = mean_improvement(by_label[label], centralised[label], direction)
         clients = [run.get("client_metric") or {} for run in runs]
         up, down = _mean(runs, "bytes_up"), _mean(runs, "bytes_down")
-        spent = [number(run.get("epsilon")) for run in runs if run.get("epsilon") is not None]
         rows.append(
             StrategyRow(
                 label=label,
@@ -141,7 +140,7 @@ def strategy_rows(comparison: Comparison) -> list[StrategyRow]:
                 aggregate=seconds(_mean(runs, "aggregate_seconds")),
                 steps=_whole(_mean(runs, "client_steps")),
                 memory=megabytes(_mean(runs, "peak_memory_bytes")),
-                epsilon=rounded_up(max(spent)) if spent else NOTHING,
+                epsilon=_epsilon(runs),
             )
         )
     return rows
@@ -244,6 +243,16 @@ def _unit(comparison: Comparison) -> Unit:
 
 def _mean(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return mean_and_sd([number(run.get(key)) for run in runs])[0]
+
+
+def _epsilon(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the worst run's epsilon; what no number can say is none that may be passed over."""
+    if any((run.get("privacy") or {}).get("untold") for run in runs):
+        return "unknown"
+    spent = [run["epsilon"] for run in runs if run.get("privacy") or run.get("epsilon") is not None]
+    if not spent:
+        return NOTHING
+    return "∞" if None in spent else rounded_up(max(spent))
 
 
 def _whole(value: float | None) -> str:

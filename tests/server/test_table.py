@@ -108,6 +108,9 @@ def test_the_privacy_spent_is_the_worst_runs() -> None:
     runs = [run("a", seed, 0.7, epsilon=epsilon) for seed, epsilon in enumerate((3.0, 3.25))]
     comparison = build_comparison(runs, [])
     assert strategy_rows(comparison)[0].epsilon == "3.25"
+    for privacy, shown in (({"untold": 1}, "unknown"), ({"untold": 0}, "∞")):
+        silent = run("a", 2, 0.7, epsilon=None) | {"privacy": privacy}
+        assert strategy_rows(build_comparison([*runs, silent], []))[0].epsilon == shown
     assert any("3.25" in line for line in printed(comparison))
 
 
