@@ -338,10 +338,8 @@ def draw(path: Path, experiment: Experiment, file: Path) -> None:
             at = [x + shift for x in range(len(found))]
             seeds = [[v * unit.scale for v in by_rule[rule].values()] for by_rule in found.values()]
             means = [fmean(values) for values in seeds]
-            noised = sum(
-                budget is None for budget in found
-            )  # "none" comes first, and is no epsilon
-            for part in (slice(noised), slice(noised, None)):
+            private = sum(budget is None for budget in found)  # "none" is first, and no epsilon
+            for part in (slice(private), slice(private, None)):
                 axes.plot(at[part], means[part], **look(place))
             for x, values in zip(at, seeds, strict=True):
                 axes.plot(
