@@ -137,6 +137,7 @@ def hostile(attack: str, seed: int) -> Callable[..., Message]:
     """Return FedGraft's ClientApp with three clients that do what the attack says."""
     from client.app import app
     from fedgraft.adapter import from_arrays, to_arrays
+    from fedgraft.messages import Reply, TrainRequest
     from fedgraft.seeds import stream
 
     def answer(message: Message, context: Context) -> Message:
@@ -146,11 +147,13 @@ def hostile(attack: str, seed: int) -> Callable[..., Message]:
         if attack == "label flip":
             with flipped_labels():
                 return app(message=message, context=context)
-        start = from_arrays(message.content.array_records["arrays"])
+        request = TrainRequest.decode(message.content)
+        start = request.tensors()
         reply = app(message=message, context=context)
-        sent = from_arrays(reply.content.array_records["arrays"])
-        round = int(str(message.content.config_records["config"]["server-round"]))
-        random = stream(seed, f"attack: {attack}", round=round, client=str(client))
+        told = Reply.decode(reply.content)
+        assert told.arrays is not None, told.refusal
+        sent = from_arrays(told.arrays)
+        random = stream(seed, f"attack: {attack}", round=request.round, client=str(client))
         for name, tensor in sent.items():
             change = tensor - start[name]
             if attack == "sign flip":

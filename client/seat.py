@@ -284,9 +284,9 @@ class RoundOfWork:
         """Return the round's agreed numbers: the last training's loss, steps and seconds.
 
         Under privacy steps, the epsilon of all that these data have ever been asked and what their
-        owner leaves of it: a loss, or
-        how long the batches drawn took, would say more than the noise lets through. Where a whole
-        update is noised, not even steps, which may tell how many examples there are.
+        owner leaves of it: a loss, or how long the batches drawn took, would say more than the
+        noise lets through. Where a whole update is noised, not even steps, which may tell how many
+        examples there are.
         """
         if self._noise is not None:
             return self._noise.account.told()

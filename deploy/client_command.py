@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -64,6 +65,19 @@ def _write(
     click.echo(f"wrote {path} and {policy}; start it with: fedgraft client --config {path}")
 
 
+def _check_free(lock: Path) -> None:
+    """Refuse to run both parts beside one that runs apart, and the other way round."""
+    from deploy.lock import holder
+    from fedgraft.errors import ConfigError
+
+    with suppress(PermissionError):  # of another user, who would meet this one's files
+        if pid := holder(lock):
+            raise ConfigError(
+                f"a client runs already on {lock.parent} (process {pid})",
+                "Stop that one first, or give this client another state folder.",
+            )
+
+
 def _digits_base() -> str:
     """Return the hash of the built-in base."""
     from fedgraft.config import Config
@@ -89,6 +103,8 @@ def _run(file: Path, only: str | None) -> None:
         Policy.load(config.policy)
     house = config.house(only)
     check_starter(config, only)
+    for other in (TRAINER, NODE) if only is None else (None,):
+        _check_free(config.house(other).lock)
     with only_one(house.lock, "client"):
         prepare(config, only)
         log = MergedLog(house.log, screen=True)

@@ -25,6 +25,7 @@ from deploy.lock import holder
 from deploy.server_config import ServerConfig
 from fedgraft import __version__
 
+_PARTS = ("superlink", "gateway", TRAINER, NODE)
 _SECONDS = 5.0
 
 
@@ -78,8 +79,9 @@ def _supervised(lock: Path, parts: Path) -> list[Health]:
     if pid is None or not told:
         return [Health("supervisor", False, f"it does not run on {parts.parent}")]
     return [
-        Health(name, True, "ready") if one["ready"] else Health(name, False, "starting")
+        Health(name, True, "ready") if one.get("ready") is True else Health(name, False, "starting")
         for name, one in told.items()
+        if name in _PARTS and isinstance(one, dict)
     ]
 
 

@@ -54,7 +54,7 @@ class ServerConfig(WithState):
     keys: FilePath
     listen: Annotated[str, Field(min_length=1)] = "0.0.0.0:9443"
     superlink_port: Port = 8000
-    silent_seconds: Annotated[float, Field(ge=1.0)] = 120.0  # of the SuperLink
+    silent_seconds: Annotated[float, Field(ge=15.0)] = 120.0  # of the SuperLink
     limits: LimitsConfig = LimitsConfig()
 
     @property

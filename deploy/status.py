@@ -68,6 +68,7 @@ class RunStatus:
         epsilon: spent, as far as clients tell, or the server's own ledger.
         target: `privacy.target-epsilon`; None where none is set.
         hidden: who is at work is told to nobody.
+        bounds_clients: the target bounds what each client's own ledger holds.
     """
 
     run_id: int
@@ -83,6 +84,7 @@ class RunStatus:
     epsilon: float | None = None
     target: float | None = None
     hidden: bool = False
+    bounds_clients: bool = False
     at_round: int | None = None
 
     @property
@@ -179,7 +181,7 @@ def _told(folder: RunsFolder) -> dict[str, dict[str, Any]]:
 def _with_budget(
     client: ClientStatus, told: Mapping[str, Any], run: RunStatus | None
 ) -> ClientStatus:
-    spent, target = told.get(EPSILON), None if run is None else run.target
+    spent, target = told.get(EPSILON), run.target if run and run.bounds_clients else None
     left = [told.get(EPSILON_LEFT)]
     if spent is not None and target is not None:
         left.append(max(0.0, target - spent))
@@ -234,6 +236,7 @@ def _with_directory(run: RunStatus, directory: RunDirectory) -> RunStatus:
         epsilon=spent,
         target=target,
         hidden=config.privacy.mode != "none",
+        bounds_clients=config.privacy.against_server,
     )
 
 

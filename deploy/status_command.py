@@ -37,8 +37,8 @@ def status(server: Path, client: Path | None, only_parts: bool, as_json: bool) -
              fedgraft status --client client.toml         # on a client's machine
 
     A client is "training" while the round waits for it; of a private run nobody is told, and it is
-    "online". Bytes are of all messages of the run, as
-    the server's SuperLink counts them; epsilon is what clients tell, or the server's own ledger.
+    "online". Bytes are of all messages of the run, as the server's SuperLink counts them; epsilon
+    is what clients tell, or the server's own ledger.
     With --parts or --client the exit status is 1 where a part does not answer.
     """
     if client is not None:

@@ -42,7 +42,7 @@ would keep two cores busy with nothing.
 """
 ONLINE = "online"
 """File in the SuperNode's folder with its node id, from being let in to taking leave."""
-SEEN_SECONDS = 2.0
+SEEN_SECONDS = 10.0
 """How long a node stays away after a late farewell, so that the ServerApp sees what was lost."""
 _AWAY = (502, 503, 504)
 
@@ -127,7 +127,9 @@ def take_leave_late(file: Path) -> None:
     def arrive(client: FleetHttpClient, request: ActivateNodeRequest) -> ActivateNodeResponse:
         if file.exists():
             try:
-                deactivate(client, DeactivateNodeRequest(node_id=int(file.read_text() or 0)))
+                deactivate(client, DeactivateNodeRequest(node_id=int(file.read_text())))
+            except ValueError:  # cut off while it was written
+                pass
             except httpx.HTTPStatusError as error:
                 if error.response.status_code in _AWAY:
                     raise  # Flower asks again

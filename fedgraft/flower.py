@@ -52,6 +52,14 @@ def error_reply(message: Message, error: Exception) -> Message:
     return Message(Error(code=code, reason=f"{type(error).__name__}: {error}"), reply_to=message)
 
 
+def say_who_was_asked(reply: Message, node: int) -> None:
+    """Let a reply come from the node that was asked.
+
+    Where that one is gone Flower answers itself, in the name of the SuperLink.
+    """
+    reply.metadata.__dict__["_src_node_id"] = node
+
+
 def is_lost(reply: Message) -> bool:
     """Whether a message got no answer since a SuperNode or a ClientApp died with it."""
     lost = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)

@@ -18,6 +18,7 @@ from fedgraft.errors import UpdateError
 
 _NAME, _FORM = "parcel", "fedgraft.parcel"
 _LENGTH = 8  # bytes that say how long the table is
+_LONGEST_TABLE = 1 << 22  # bytes, which are some 40,000 arrays: reading it takes 20 times as many
 _MOST_DIMENSIONS = 32
 
 
@@ -56,6 +57,8 @@ def unpack(arrays: ArrayRecord) -> ArrayRecord:
     try:
         if at > len(data):
             raise ValueError("its table is cut off")
+        if at - _LENGTH > _LONGEST_TABLE:
+            raise ValueError("its table is too long")
         for row in json.loads(bytes(data[_LENGTH:at])):
             name, dtype, shape, form, size = _checked(row)
             if name in found or size > len(data) - at:

@@ -23,7 +23,7 @@ from fedgraft.adapter import Adapter, LoraLayer, natural_order, to_arrays
 from fedgraft.config import Config
 from fedgraft.deployed import is_deployed
 from fedgraft.devices import peak_memory
-from fedgraft.errors import ModelError, RunError
+from fedgraft.errors import BUDGET, POLICY, ModelError, RunError
 from fedgraft.generation import evaluate
 from fedgraft.memory_estimate import estimate
 from fedgraft.privacy.account import EPSILON
@@ -332,7 +332,8 @@ class FederatedRun(RoundHooks):
             told = ask_spent(grid, self.roster, enough=enough)
             spent = [self.books.epsilon, *(said.get(EPSILON) for said in told.values())]
             known = [value for value in spent if value is not None]
-            untold = sum(EPSILON not in said for said in told.values())
+            silent = {name for name, said in told.items() if EPSILON not in said}
+            untold = len(silent | (set(self.books.owing) - told.keys()))
             self.books = replace(self.books, epsilon=max(known, default=None), untold=untold)
             self._keep_told(told)
 
@@ -343,6 +344,18 @@ class FederatedRun(RoundHooks):
         was asked, and of a client whose policy refuses nothing has been released.
         """
         self._keep_told(told_by_clients(self.config, outcome))
+        if not self.config.privacy.against_server:
+            return
+        assert self.books is not None
+        owing = set(self.books.owing)
+        for name in outcome.sampled:
+            report = outcome.reports.get(name)
+            reason = outcome.failed.get(name, "")
+            if report is not None and EPSILON in report.metrics:
+                owing.discard(name)
+            elif not reason.startswith((POLICY, BUDGET)):  # which say that nothing was paid
+                owing.add(name)
+        self.books = replace(self.books, owing=sorted(owing))
 
     def _keep_told(self, found: Mapping[str, Mapping[str, Any]]) -> None:
         new = {name: {**self.told.get(name, {}), **said} for name, said in found.items() if said}

@@ -29,6 +29,7 @@ class Bookkeeping:
         budget_spent: the clients' privacy budget ran out.
         epsilon: the largest that a client has told of so far; None without privacy.
         untold: clients that do not tell theirs.
+        owing: clients that may have paid for a round without having told of it.
         wall_seconds: over all sessions, evaluation and checkpoints included.
         descriptions: what each client says its data is.
     """
@@ -41,6 +42,7 @@ class Bookkeeping:
     budget_spent: bool = False
     epsilon: float | None = None
     untold: int = 0
+    owing: Sequence[str] = ()
     wall_seconds: float = 0.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
     initial_metrics: Mapping[str, float] = field(default_factory=dict)

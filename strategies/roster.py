@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fedgraft.adapter import natural_order
 from fedgraft.errors import RunError, UpdateError
-from fedgraft.flower import is_lost
+from fedgraft.flower import is_lost, say_who_was_asked
 from fedgraft.messages import HELLO, Hello
 from fedgraft.refusal import CONFIG
 from strategies.replies import trouble_of
@@ -37,7 +37,8 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
     """Send messages and yield the replies as they arrive.
 
     Where a node's processes died with its message, and the node is there again soon, it is asked
-    once more: what it answers is the same, so nothing but time is lost.
+    again, at most twice. Its answer is a function of the run's config, so nothing but time is lost;
+    under privacy it has other noise, and its ledger has paid for both.
 
     Args:
         grid: carries the messages.
@@ -55,6 +56,7 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
             asked = waiting.pop(reply.metadata.reply_to_message_id, None)
             if asked is None:
                 continue
+            say_who_was_asked(reply, asked.metadata.dst_node_id)
             if is_lost(reply) and again[asked.metadata.dst_node_id] < _TIMES_AGAIN:
                 lost.append(_Lost(asked, reply, time.monotonic()))
             else:
@@ -63,10 +65,13 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
         for one in list(lost):
             node = one.asked.metadata.dst_node_id
             if node in present:
-                log.warning("Node %d is there again, and is asked once more", node)
+                log.warning("A node is there again, and is asked once more")  # who is a secret
                 again[node] += 1
-                waiting |= _push(grid, [_copy(one.asked)])
+                anew = _push(grid, [_copy(one.asked)])
+                waiting |= anew
                 arrived = True
+                if not anew:
+                    yield one.reply
             elif time.monotonic() - one.since > BACK_SECONDS:
                 yield one.reply
             else:
@@ -187,7 +192,9 @@ class Roster:
         while self._asked:
             arrived = list(grid.pull_messages(list(self._asked)))
             for reply in arrived:
-                self._asked.pop(reply.metadata.reply_to_message_id, None)
+                asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
+                if asked is not None:
+                    say_who_was_asked(reply, asked[0])
             replies += arrived
             if arrived:
                 heard = time.monotonic()

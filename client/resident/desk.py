@@ -17,7 +17,7 @@ from fedgraft.config import RUN_CONFIG_KEY
 from fedgraft.devices import is_out_of_memory
 from fedgraft.errors import NO_MEMORY, FedGraftError, StoppedError
 from fedgraft.flower import set_identity, set_message_id
-from fedgraft.messages import HELLO, KEEP, METRICS, WEIGHT, Hello, Reply, TrainRequest
+from fedgraft.messages import HELLO, KEEP, METRICS, SPENT, WEIGHT, Hello, Reply, TrainRequest
 from fedgraft.refusal import CONFIG, REFUSAL
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Desk:
         policy.check_run(self.own.name, asked.config)
         if asked.kind == KEEP:
             return self._handle(asked, policy)
+        if asked.kind == SPENT:
+            return _allowed(self._handle(asked, policy), policy)
         request = TrainRequest.decode(asked.content)
         policy.check_base(self.own.name, request.base_hash)
         if asked.kind == MessageType.TRAIN:

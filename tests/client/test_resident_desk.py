@@ -20,8 +20,9 @@ from client.trainer import Assignment, train
 from fedgraft.adapter import Adapter, Tensors, digest, from_arrays
 from fedgraft.config import RUN_CONFIG_KEY, Config
 from fedgraft.errors import DataError, RunError, StoppedError
-from fedgraft.messages import HELLO, Hello, Reply
+from fedgraft.messages import HELLO, SPENT, Hello, Reply
 from fedgraft.privacy.ledger import Ledger
+from fedgraft.refusal import CONFIG
 from fedgraft.resident_model import ResidentModel
 from fedgraft.stopping import stopping_when
 from fedgraft.tasks.task import Task
@@ -281,3 +282,23 @@ def test_a_lifetime_that_is_spent_is_refused(tiny: Config, start: Tensors, tmp_p
     assert len(Ledger(mine.ledger).entries) == 1
     mine.policy_file.write_text(f"lifetime-epsilon = {0.9999 * spent}")
     assert "lifetime-epsilon: epsilon is at" in refused(Desk(mine).answer(ask))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_it_says_what_its_data_have_spent_where_its_policy_lets_it(
+    tiny: Config, start: Tensors, tmp_path: Path, told: bool
+) -> None:
+    mine = own(tmp_path, "lifetime-epsilon = 100.0")
+    config = tiny.with_overrides(PRIVATE)
+    ask = order(SPENT, config, RecordDict({CONFIG: ConfigRecord()}))
+    before = Reply.decode(records(Desk(mine).answer(ask)))
+    assert before.metrics == {"epsilon": 0.0, "epsilon-left": 100.0}
+    trained = Reply.decode(records(Desk(mine).answer(order("train", config, request(start)))))
+    if not told:
+        mine.policy_file.write_text('metrics = ["epsilon-left"]\nlifetime-epsilon = 100.0')
+    after = Reply.decode(records(Desk(mine).answer(ask)))
+    expected = {key: trained.metrics[key] for key in ("epsilon", "epsilon-left")}
+    assert after.refusal == "" and expected["epsilon"] > 0
+    if not told:
+        del expected["epsilon"]
+    assert after.metrics == pytest.approx(expected)

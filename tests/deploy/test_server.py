@@ -325,7 +325,7 @@ def test_a_part_that_is_killed_comes_back(server: RealServer, part: str):
 @pytest.mark.soak
 def test_a_superlink_that_hangs_is_started_again(tmp_path: Path):
     path = write_server(tmp_path, ("alice",))
-    path.write_text(path.read_text().replace("silent-seconds = 120.0", "silent-seconds = 5.0"))
+    path.write_text(path.read_text().replace("silent-seconds = 120.0", "silent-seconds = 15.0"))
     with real_server(path) as one:
         hung = one.parts()["superlink"]["pid"]
         os.kill(hung, signal.SIGSTOP)

@@ -44,6 +44,7 @@ def test_a_client_cut_off_for_two_minutes_misses_its_round_and_comes_back(
     assert [record["round"] for record in records] == [1, 2, 3], said
     assert len(records[0]["clients"]) == 3
     assert all({"0", "1"} <= set(record["clients"]) for record in records), said
+    assert "2" not in records[1]["clients"] and records[1]["failed"].keys() == {"2"}, said
     run = federation.submit("back", {"federation.min-clients": 3})
     said = run.done()
     assert [record["failed"] for record in run.rounds()] == [{}] * 3, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -356,3 +357,19 @@ def test_an_exception_in_a_client_app_is_no_loss_to_be_asked_again():
     grid = FakeGrid({1: lambda message: Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "bug")})
     (reply,) = exchange(grid, messages(1), 5.0)
     assert reply.error.reason == "bug" and len(grid.sent) == 1
+
+
+def test_what_flower_answers_itself_counts_for_the_client_that_was_asked():
+    """For a node that is gone it is the SuperLink that replies, under its own id."""
+
+    class Gone(FakeGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            for reply in super().pull_messages(message_ids):
+                reply.metadata.__dict__["_src_node_id"] = 1
+                yield reply
+
+    grid = Gone({9: Client("a"), 10: lambda message: Error(ErrorCode.UNKNOWN, "gone")})
+    sent = [Message(RecordDict(), node, "train") for node in (10,)]
+    (reply,) = exchange(grid, sent, 0.2)
+    assert reply.metadata.src_node_id == 10
+    assert refreshed(Gone(nodes(("a", "b")))).names() == ["a", "b"]
