@@ -219,10 +219,18 @@ class RealFederation:
 
     # Runs
 
-    def submit(self, out: str, settings: Mapping[str, Any] | None = None, *more: str) -> Submitted:
-        """Start `fedgraft submit` with `SMALL`, settings and options on top of it."""
-        asked = SMALL | {"federation.clients": len(self.server.keys.invited())} | (settings or {})
-        return self._submit(self.folder / out, ["--out", out, *words(asked), *more])
+    def submit(
+        self,
+        out: str,
+        settings: Mapping[str, Any] | None = None,
+        *more: str,
+        config: Path | None = None,
+    ) -> Submitted:
+        """Start `fedgraft submit` with settings and options on top of a config file or `SMALL`."""
+        clients = {"federation.clients": len(self.server.keys.invited())}
+        asked = ({} if config else SMALL) | clients | (settings or {})
+        file = [] if config is None else [str(config)]
+        return self._submit(self.folder / out, [*file, "--out", out, *words(asked), *more])
 
     def resume(self, out: Path, *more: str) -> Submitted:
         """Start `fedgraft submit --resume` on a run directory."""
