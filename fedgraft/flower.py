@@ -62,7 +62,11 @@ def say_who_was_asked(reply: Message, node: int) -> None:
 
 def is_lost(reply: Message) -> bool:
     """Whether a message got no answer since a SuperNode or a ClientApp died with it."""
-    lost = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+    lost = (
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,  # it died while it sent the answer
+    )
     return reply.has_error() and reply.error.code in lost
 
 

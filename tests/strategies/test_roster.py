@@ -312,7 +312,11 @@ def test_three_of_ten_clients_failing_each_round_do_not_end_a_run():
     assert {name for outcome in seen.outcomes for name in outcome.failed} == set(names)
 
 
-LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+LOST = (
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+)
 
 
 @pytest.mark.parametrize("code", LOST)
