@@ -23,10 +23,9 @@ from fedgraft.adapter import Adapter, LoraLayer, natural_order, to_arrays
 from fedgraft.config import Config
 from fedgraft.deployed import is_deployed
 from fedgraft.devices import peak_memory
-from fedgraft.errors import BUDGET, POLICY, ModelError, RunError
+from fedgraft.errors import ModelError, RunError
 from fedgraft.generation import evaluate
 from fedgraft.memory_estimate import estimate
-from fedgraft.privacy.account import EPSILON
 from fedgraft.privacy.events import Release
 from fedgraft.resident_model import SMALL_MODEL, resident_model, resident_task
 from fedgraft.run_directory import RunDirectory
@@ -39,9 +38,9 @@ from server.guarantee import guarantee
 from server.handout import hand_out
 from server.progress import FINISHED, HANDED_OUT, REPLY, ROUND, SAMPLED, START, ProgressWriter
 from server.samples import Samples
-from server.spent import ask_spent
+from server.spending import Spending
 from server.summary import Bookkeeping, summarise
-from server.tracking import TensorBoard, round_record, told_by_clients
+from server.tracking import TensorBoard, round_record
 from strategies.fitness import check_rule
 from strategies.ranks import by_rank, by_root
 from strategies.registry import build_rule
@@ -106,7 +105,7 @@ class FederatedRun(RoundHooks):
         self.roster = Roster(ours=True)
         self.best: Adapter | None = None
         self.books: Bookkeeping | None = None
-        self.told = directory.clients()
+        self.spending = Spending(self.config, directory, self.private)
         self._clients_final: dict[str, float] | None = None
         self._resumed_wall = 0.0
         self._began = time.perf_counter()
@@ -294,8 +293,7 @@ class FederatedRun(RoundHooks):
             if self.books.best_round != before:
                 self.best = outcome.state.adapter
         rate = learning_rate(self.config.train, round - 1, rounds) if round else None
-        self.books = replace(self.books, epsilon=self._epsilon(outcome))
-        self._note_told(outcome)
+        self.books = self.spending.after_round(self.books, outcome)
         record = round_record(
             outcome,
             validation,
@@ -312,56 +310,6 @@ class FederatedRun(RoundHooks):
             value=validation[self.task.metric] if validation else None,
             loss=record["train_loss"],
         )
-
-    def _epsilon(self, outcome: RoundOutcome) -> float | None:
-        """Return what all releases amount to: by the server's own ledger, or as clients tell."""
-        assert self.books is not None
-        if self.private is not None:
-            return self.private.account.epsilon()
-        told = [report.metrics.get("epsilon") for report in outcome.reports.values()]
-        known = [value for value in (*told, self.books.epsilon) if value is not None]
-        return max(known, default=None)
-
-    def _settle(self, grid: Grid) -> None:
-        """Bring the books' epsilon to what the ledgers say, rounds without a result included."""
-        assert self.books is not None
-        if self.private is not None:
-            self.books = replace(self.books, epsilon=self.private.account.epsilon())
-        elif self.config.privacy.against_server:
-            enough = self.config.federation.min_clients
-            told = ask_spent(grid, self.roster, enough=enough)
-            spent = [self.books.epsilon, *(said.get(EPSILON) for said in told.values())]
-            known = [value for value in spent if value is not None]
-            silent = {name for name, said in told.items() if EPSILON not in said}
-            untold = len(silent | (set(self.books.owing) - told.keys()))
-            self.books = replace(self.books, epsilon=max(known, default=None), untold=untold)
-            self._keep_told(told)
-
-    def _note_told(self, outcome: RoundOutcome) -> None:
-        """Keep what clients told of their budgets and policies: of the last time, and not of when.
-
-        That is no secret in any mode: budgets are told in those in which the server may know who
-        was asked, and of a client whose policy refuses nothing has been released.
-        """
-        self._keep_told(told_by_clients(self.config, outcome))
-        if not self.config.privacy.against_server:
-            return
-        assert self.books is not None
-        owing = set(self.books.owing)
-        for name in outcome.sampled:
-            report = outcome.reports.get(name)
-            reason = outcome.failed.get(name, "")
-            if report is not None and EPSILON in report.metrics:
-                owing.discard(name)
-            elif not reason.startswith((POLICY, BUDGET)):  # which say that nothing was paid
-                owing.add(name)
-        self.books = replace(self.books, owing=sorted(owing))
-
-    def _keep_told(self, found: Mapping[str, Mapping[str, Any]]) -> None:
-        new = {name: {**self.told.get(name, {}), **said} for name, said in found.items() if said}
-        if new:
-            self.told |= new
-            self.directory.write_clients(self.told)
 
     def _guarantee(self) -> dict[str, Any] | None:
         assert self.books is not None
@@ -434,7 +382,7 @@ class FederatedRun(RoundHooks):
             final = self._test(self.best, {})
         wall = self._resumed_wall + time.perf_counter() - self._began
         self.books = replace(self.books, wall_seconds=wall)
-        self._settle(grid)
+        self.books = self.spending.at_the_end(self.books, grid, self.roster)
         records = self.directory.rounds()
         summary = summarise(
             self.config,
@@ -445,7 +393,7 @@ class FederatedRun(RoundHooks):
             peak_memory(self.model.device),
             self._estimated_memory(),
             self._guarantee(),
-            self.told,
+            self.spending.told,
         )
         card = adapter_card(self.config, self.model, self.lineage, summary)
         write_adapter(self.directory.adapter, self.best, self.model, card)

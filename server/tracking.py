@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgraft.adapter import natural_order
-from fedgraft.config import Config
-from fedgraft.errors import POLICY, ConfigError
-from fedgraft.privacy.account import EPSILON, EPSILON_LEFT
+from fedgraft.errors import ConfigError
 from strategies.rounds import RoundOutcome
 
 if TYPE_CHECKING:
@@ -65,29 +63,6 @@ def round_record(
         "privacy": None if privacy is None else dict(privacy),
         "notes": list(outcome.notes),
     } | _signal(outcome)
-
-
-def told_by_clients(config: Config, outcome: RoundOutcome) -> dict[str, dict[str, Any]]:
-    """Return what clients told in a round that anybody may know, as clients.json holds it.
-
-    Args:
-        config: the run's.
-        outcome: the round.
-
-    Returns:
-        By client `epsilon` and `epsilon-left`, where its data pay for the run and it tells them,
-        and `policy`, the clause that it refused the round by; None is more than any number.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    if config.privacy.against_server:
-        for name, report in outcome.reports.items():
-            budget = {k: v for k, v in report.metrics.items() if k in (EPSILON, EPSILON_LEFT)}
-            if budget:
-                found[name] = dict(finite(budget))
-    for name, reason in outcome.failed.items():
-        if reason.startswith(f"{POLICY} {name}, "):
-            found[name] = {"policy": reason}
-    return found
 
 
 def _signal(outcome: RoundOutcome) -> dict[str, Any]:

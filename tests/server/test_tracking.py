@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from fedgraft.adapter import Adapter, LoraLayer
-from fedgraft.config import Config
 from fedgraft.errors import ConfigError
-from server.tracking import TensorBoard, round_record, told_by_clients
+from server.tracking import TensorBoard, round_record
 from strategies.diagnostics import AggregationBias
 from strategies.rounds import ClientReport, RoundOutcome, StrategyState
 
@@ -74,22 +73,6 @@ def test_a_record_holds_what_is_documented():
         "notes": ["q: fell back"],
     }
     assert list(record["clients"]) == ["1", "2", "10"]
-
-
-def test_budgets_and_policies_may_be_told_and_nothing_else():
-    """Budgets only where the clients' own data pay; a policy only by the client that it is of."""
-    seen = outcome(
-        reports={
-            "0": ClientReport(1.0, {"epsilon": 1.5, "epsilon-left": math.inf, "loss": 0.3}),
-            "1": ClientReport(1.0, {"steps": 2.0}),
-        },
-        failed={"2": "policy of client 2, tasks: no", "3": "policy of client 2, tasks: no"},
-    )
-    refused = {"2": {"policy": "policy of client 2, tasks: no"}}
-    assert told_by_clients(Config(), seen) == refused
-    keys = {"privacy.mode": "local", "privacy.noise-multiplier": 1.0}
-    private = Config().with_overrides(keys)
-    assert told_by_clients(private, seen) == refused | {"0": {"epsilon": 1.5, "epsilon-left": None}}
 
 
 def test_an_empty_round_has_nulls():
