@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 from real_federation import SMALL, RealFederation, furthest, pause, real_federation
+from real_server import until
 
 from client import app as client_app
 from fedgraft.config import Config
@@ -29,7 +30,7 @@ NAMES = ("0", "1", "2")
 _ROUND_SECONDS = 3.0
 """About what a round takes here: a kill's moment is drawn from it."""
 _DEADLINE = 40.0
-"""Seconds; more than a round takes, and less than a ClientApp waits for a trainer that is away."""
+"""Seconds; more than a round takes."""
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,19 @@ def test_every_part_killed_one_after_another_costs_no_finished_round_and_no_clie
 def test_a_straggler_is_left_behind_and_its_late_update_is_not_mixed_in(
     federation: RealFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its trainer is held in round 1 until round 2 has begun."""
-    settings = {"federation.min-clients": 2, "federation.deadline": _DEADLINE}
+    """Its trainer is held at work in round 1 until round 2 has begun."""
+    settings = {
+        "federation.min-clients": 2,
+        "federation.deadline": _DEADLINE,
+        "train.steps": 400,  # some seconds, in which it can be caught
+    }
+    before = federation.log("2").count("train, round 1 of run")
     run = federation.submit("late", settings)
-    run.until_round(1)
+    until(
+        lambda: federation.log("2").count("train, round 1 of run") > before,
+        _DEADLINE * 3,
+        "the straggler's training",
+    )
     federation.kill("trainer", "2", signal.SIGSTOP)
     try:
         run.until_round(2)
