@@ -135,7 +135,7 @@ EXPERIMENTS = {
         "sentiment of 6,000 sentences, MiniLM, Dirichlet 1 over labels",
         SST2,
         (FIRST, "ffa-lora"),
-        {None: (0.004, 0.008), 3.0: (0.002, 0.008)},
+        {None: (0.004, 0.008, 0.016), 3.0: (0.002, 0.008)},
     ),
 }
 
