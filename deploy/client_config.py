@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pwd
 import re
-from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -20,6 +19,7 @@ from deploy.config_file import (
     NODE,
     TRAINER,
     FilePath,
+    House,
     WithState,
     as_written_in,
     check_new,
@@ -63,32 +63,6 @@ partitions = {partitions}
 # path = "data.jsonl"  # data of this client's own; then leave partition and partitions out"""
 _PATH = """\
 path = "data.jsonl"  # this client's own data: a file or a folder, as `fedgraft data` reads it"""
-
-
-@dataclass(frozen=True)
-class House:
-    """What a supervisor keeps for itself.
-
-    Attributes:
-        folder: where.
-    """
-
-    folder: Path
-
-    @property
-    def log(self) -> Path:
-        """The readable log of all that it runs."""
-        return self.folder / "log" / "client.log"
-
-    @property
-    def parts(self) -> Path:
-        """What runs, while it runs: {part: {"pid", "starts", "ready"}}."""
-        return self.folder / "parts.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the one supervisor here."""
-        return self.folder / "client.lock"
 
 
 class DataConfig(Group):
@@ -166,7 +140,7 @@ class ClientConfig(WithState):
         Args:
             only: the one part that it runs; it then has that part's folder and no other.
         """
-        return House({None: self.state, TRAINER: self.kept, NODE: self.node}[only])
+        return House({None: self.state, TRAINER: self.kept, NODE: self.node}[only], self.SIDE)
 
     def own(self) -> Own:
         """Return what the resident trainer works with."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, ValidationError
 
@@ -19,6 +21,42 @@ TRAINER, NODE = "trainer", "supernode"
 FilePath = Annotated[Path, Field(strict=False)]
 
 
+@dataclass(frozen=True)
+class House:
+    """What a supervisor keeps for itself in a folder.
+
+    Attributes:
+        folder: where.
+        side: "server" or "client".
+    """
+
+    folder: Path
+    side: str
+
+    @property
+    def log(self) -> Path:
+        """The readable log of all that it runs."""
+        return self.folder / "log" / f"{self.side}.log"
+
+    @property
+    def parts(self) -> Path:
+        """What runs, while it runs: {part: {"pid", "starts", "ready"}}."""
+        return self.folder / "parts.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one supervisor here, with its process id in it."""
+        return self.folder / f"{self.side}.lock"
+
+    def running(self) -> dict[str, Any]:
+        """Return what `parts` says; {} where nothing runs, or it is just being written."""
+        try:
+            found = json.loads(self.parts.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
 class WithState(Group):
     """A config file of one side, which has a state folder of its own.
 
@@ -31,20 +69,24 @@ class WithState(Group):
 
     state: FilePath
 
+    def house(self) -> House:
+        """Return where the supervisor keeps its log and lock."""
+        return House(self.state, self.SIDE)
+
     @property
     def log(self) -> Path:
         """The readable log of all parts."""
-        return self.state / "log" / f"{self.SIDE}.log"
+        return self.house().log
 
     @property
     def parts(self) -> Path:
-        """What runs, while this side runs: {part: {"pid", "starts", "ready"}}."""
-        return self.state / "parts.json"
+        """What runs, while this side runs."""
+        return self.house().parts
 
     @property
     def lock(self) -> Path:
-        """Held by the one process of this state folder, with its id in it."""
-        return self.state / f"{self.SIDE}.lock"
+        """Held by the one process of this state folder."""
+        return self.house().lock
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -6,13 +6,11 @@ about as much as starting Python.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -20,7 +18,7 @@ from client.resident.protocol import PROTOCOL, channel
 from client.resident.trainer_pb2 import Greeting
 from client.resident.trainer_pb2_grpc import ResidentTrainerStub
 from deploy.client_config import ClientConfig
-from deploy.config_file import NODE, TRAINER
+from deploy.config_file import NODE, TRAINER, House
 from deploy.lock import holder
 from deploy.server_config import ServerConfig
 from fedgraft import __version__
@@ -46,7 +44,7 @@ class Health:
 
 def server_health(server: ServerConfig) -> list[Health]:
     """Look at a server on this machine: what its supervisor says, and whether each port answers."""
-    found = _supervised(server.lock, server.parts)
+    found = _supervised(server.house())
     ports = {"superlink": ("127.0.0.1", server.superlink_port)}
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
     ports["gateway"] = (host, server.port)
@@ -67,30 +65,22 @@ def client_health(client: ClientConfig) -> list[Health]:
     for only in (None, TRAINER, NODE):
         house = client.house(only)
         if os.access(house.parts, os.R_OK):
-            found += _supervised(house.lock, house.parts)
+            found += _supervised(house)
     if not found:
         return [Health("client", False, f"it does not run on {client.state}")]
     return [_greeted(client) if one.part == TRAINER and one.good else one for one in found]
 
 
-def _supervised(lock: Path, parts: Path) -> list[Health]:
+def _supervised(house: House) -> list[Health]:
     """Return what a supervisor says of its parts, or that it does not run."""
-    pid, told = holder(lock), _read(parts)
+    pid, told = holder(house.lock), house.running()
     if pid is None or not told:
-        return [Health("supervisor", False, f"it does not run on {parts.parent}")]
+        return [Health("supervisor", False, f"it does not run on {house.folder}")]
     return [
         Health(name, True, "ready") if one.get("ready") is True else Health(name, False, "starting")
         for name, one in told.items()
         if name in _PARTS and isinstance(one, dict)
     ]
-
-
-def _read(parts: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(parts.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _speaks_tls(one: Health, host: str, port: int, authority: Path) -> Health:

@@ -149,7 +149,7 @@ def status(server: ServerConfig) -> Status:
         )
         for name in sorted(invited, key=natural_order)
     )
-    return Status(server.listen, _parts(server.parts), clients, run)
+    return Status(server.listen, server.house().running(), clients, run)
 
 
 def _client(name: str, node: Node | None, run: RunStatus | None, until: str) -> ClientStatus:
@@ -187,14 +187,6 @@ def _with_budget(
         left.append(max(0.0, target - spent))
     least = min((value for value in left if value is not None), default=None)
     return replace(client, epsilon=spent, epsilon_left=least)
-
-
-def _parts(path: Path) -> Mapping[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _run(run: FlowerRun, folder: RunsFolder) -> RunStatus:

@@ -133,22 +133,27 @@ class RealFederation:
         path = self.state(name) / "log" / "client.log"
         return path.read_text() if path.exists() else ""
 
+    def _start(self, host: str, words: Sequence[str], said: Path) -> subprocess.Popen[bytes]:
+        """Start a command of FedGraft on a host, what it prints going into a file."""
+        with said.open("ab") as file:
+            return subprocess.Popen(
+                [*self._within(host), FEDGRAFT, *words],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
     def _within(self, host: str) -> list[str]:
         return [] if self.on is None else self.on.within(host)
 
     def start_client(self, name: str, wait: bool = True) -> None:
         """Start a client, by default until its SuperNode is connected."""
         before = self.log(name).count("SuperNode ID")
-        with (self.folder / f"client-{name}.out").open("ab") as out:
-            self.clients[name] = subprocess.Popen(
-                [*self._within(name), FEDGRAFT, "client", "--config", str(self.config(name))],
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        command = ["client", "--config", str(self.config(name))]
+        self.clients[name] = self._start(name, command, self.folder / f"client-{name}.out")
         if wait:
             self.wait_for(name, before + 1)
 
@@ -238,23 +243,8 @@ class RealFederation:
 
     def _submit(self, out: Path, options: Sequence[str]) -> Submitted:
         said = self.folder / f"{out.name}.said"
-        with said.open("ab") as file:
-            process = subprocess.Popen(
-                [
-                    *self._within(SERVER),
-                    FEDGRAFT,
-                    "submit",
-                    "--to",
-                    str(self.server.path),
-                    *options,
-                ],
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        command = ["submit", "--to", str(self.server.path), *options]
+        process = self._start(SERVER, command, said)
         self._submitted.append(Submitted(process, out, said))
         return self._submitted[-1]
 
