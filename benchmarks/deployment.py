@@ -139,7 +139,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="digits, few rounds, judging nothing")
     args = parser.parse_args(argv)
     if args.quick:
-        args.rounds = min(args.rounds, 3)
+        args.rounds = min(args.rounds, 6)
     return args
 
 

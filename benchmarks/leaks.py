@@ -22,6 +22,8 @@ MARK = "FEDGRAFT_TEST"
 KINDS = {
     "deploy.trainer": "trainer",
     "deploy.supernode": "SuperNode",
+    "deploy.superexec": "SuperExec",
+    "fedgraft-nursery": "nursery",
     "deploy.leash": "leash",
     "flower-superlink": "SuperLink",
     "flower-superexec": "SuperExec",
@@ -164,7 +166,8 @@ def measured(process: psutil.Process) -> Process:
 
 def kind_of(command: Sequence[str]) -> str:
     """Return what a process with this command line is called."""
-    words = [word for part in command[:8] for word in (part, Path(part.partition(":")[0]).name)]
+    said = [part.rstrip() for part in command[:8]]  # one that named itself pads what it had before
+    words = [word for part in said for word in (part, Path(part.partition(":")[0]).name)]
     for word, kind in KINDS.items():
         if word in words:
             return kind

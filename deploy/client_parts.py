@@ -62,6 +62,8 @@ def _node(config: ClientConfig, takes_user: bool) -> Part:
     environment |= {
         "HOME": str(config.node),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _POLL_SECONDS,
+        "OPENBLAS_NUM_THREADS": "1",  # relays do not calculate, and a fork takes no threads along
+        "SPT_NOENV": "1",  # ClientApps write their name over their arguments alone
         SOCKET: str(config.socket),
         CLIENT: config.client,
     }

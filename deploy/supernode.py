@@ -1,9 +1,10 @@
-"""Flower's SuperNode with what it lacks: a client certificate, shorter waits, and late farewells.
+"""Flower's SuperNode with what it lacks: a client certificate, shorter waits, late farewells.
 
 `python -m deploy.supernode OPTIONS` takes flower-supernode's own options. Flower's SuperNode has no
-option for a client certificate, which the gateway asks for, and looks for messages every 3 s. One
-that was killed counts as online for a minute, in which its successor is not let in; so the
-successor takes leave in its place. What is touched of Flower is here, with a test.
+option for a client certificate, which the gateway asks for, looks for messages every 3 s, and
+starts a ClientApp for each from nothing (see `deploy.nursery`). One that was killed counts as
+online for a minute, in which its successor is not let in; so the successor takes leave in its
+place. What is touched of Flower is here, with a test.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,10 +32,14 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from fedgraft.flower import ask_soon_for_objects
+
 CERTIFICATE, KEY = "FEDGRAFT_CLIENT_CERTIFICATE", "FEDGRAFT_CLIENT_KEY"
 """Environment variables with the paths of the client's certificate and its key."""
 LONGEST_SLEEP = 0.2
-"""Seconds between two questions to the server, or to the ClientApp."""
+"""Seconds between two questions to the server."""
+SHORTEST_SLEEP = 0.05
+"""Seconds between two looks for the ClientApp's answer, which cost next to nothing."""
 QUIET_SLEEP, QUIET_AFTER = 1.0, 50
 """Seconds between two questions to the server after so many, one by one, that brought no message.
 
@@ -53,11 +59,23 @@ def wait_less() -> None:
 
     def sleep(seconds: float) -> None:
         nonlocal empty
-        empty = empty + 1 if seconds > 1.0 else 0  # Flower's 3 s: no message; 0.5 s: at work
-        time.sleep(min(seconds, QUIET_SLEEP if empty > QUIET_AFTER else LONGEST_SLEEP))
+        at_work = seconds < 1.0  # Flower's 0.5 s; 3 s: the server has no message
+        empty = 0 if at_work else empty + 1
+        longest = QUIET_SLEEP if empty > QUIET_AFTER else LONGEST_SLEEP
+        time.sleep(min(seconds, SHORTEST_SLEEP if at_work else longest))
 
     module: Any = loop
     module.time = SimpleNamespace(sleep=sleep)
+
+
+def start_readily() -> None:
+    """Let the SuperNode start our SuperExec, see `deploy.superexec`, in place of Flower's."""
+
+    def start(words: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "deploy.superexec", *words[1:]])
+
+    module: Any = loop
+    module.subprocess = SimpleNamespace(Popen=start)
 
 
 class _Watched:
@@ -152,6 +170,8 @@ def take_leave_late(file: Path) -> None:
 def main() -> None:
     """Run the SuperNode in this process, in the folder that is its own."""
     wait_less()
+    ask_soon_for_objects()
+    start_readily()
     forget_what_was_cut_off()
     take_leave_late(Path(ONLINE).absolute())
     logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))

@@ -20,6 +20,7 @@ import psutil
 import tomli_w
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft.errors import RunError
@@ -30,6 +31,8 @@ CONNECTION = "fedgraft"
 """Name of the SuperLink connection in the configuration that we write for Flower."""
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
+OBJECT_SECONDS = 0.05
+"""How long to wait before a message's object is asked for again that was not there yet."""
 SERVER_NODE = 1
 """Node id of the server in an in-process federation; clients come after it."""
 
@@ -39,6 +42,16 @@ def set_identity(run_id: int, node_id: int = SERVER_NODE) -> None:
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
     TaskIdentity.task_id = 1
+
+
+def ask_soon_for_objects() -> None:
+    """Let this process ask soon again for an object that is still on its way to the other side.
+
+    A message is announced before the objects that it consists of. Flower waits a second before it
+    asks again, and twice as long each further time, which we leave as it is.
+    """
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        pull.__kwdefaults__["initial_backoff"] = OBJECT_SECONDS
 
 
 def set_message_id(message: Message, message_id: str) -> None:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.config import RUN_CONFIG_KEY, Config
 from fedgraft.errors import ConfigError, FedGraftError
+from fedgraft.flower import ask_soon_for_objects
 from fedgraft.logs import quiet
 from fedgraft.run_directory import OUT_KEY, RunDirectory
 from server.progress import FAILED, ProgressWriter
@@ -26,6 +27,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, in the directory that it names."""
+    ask_soon_for_objects()
     config = Config.from_run_config(context.run_config)
     directory = _directory(context, config)
     with directory.held(), quiet(directory.log):

@@ -181,11 +181,12 @@ def test_rows_and_temporary_files_may_not_grow(leaks: ModuleType, tmp_path: Path
         ("/venv/bin/python /venv/bin/fedgraft server --config s.toml", "server"),
         ("/venv/bin/python /venv/bin/flwr-clientapp --token x", "ClientApp"),
         ("nginx: worker process", "gateway"),
+        ("fedgraft-nursery    ", "nursery"),
         ("sleep 60", "sleep"),
     ],
 )
 def test_kinds(leaks: ModuleType, command: str, kind: str) -> None:
-    words = [command] if command.startswith("nginx") else command.split()
+    words = [command] if command.startswith(("nginx", "fedgraft-")) else command.split()
     assert leaks.kind_of(words) == kind
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,10 +38,23 @@ def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> No
         loop.time.sleep(3)  # no message
     loop.time.sleep(0.5)  # one is at work
     loop.time.sleep(3)
-    quick, quiet = supernode.LONGEST_SLEEP, supernode.QUIET_SLEEP
-    assert slept == [quick] * supernode.QUIET_AFTER + [quiet, quiet, quick, quick]
+    quick, quiet, work = supernode.LONGEST_SLEEP, supernode.QUIET_SLEEP, supernode.SHORTEST_SLEEP
+    assert slept == [quick] * supernode.QUIET_AFTER + [quiet, quiet, work, quick]
     text = Path(loop.__file__).read_text()
     assert set(re.findall(r"\btime\.(\w+)\(", text)) == {"sleep"}
+
+
+def test_the_supernode_starts_our_superexec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop takes nothing of `subprocess` but the start of flower-superexec."""
+    monkeypatch.setattr(loop, "subprocess", loop.subprocess)
+    started: list[list[str]] = []
+    monkeypatch.setattr(supernode.subprocess, "Popen", started.append)
+    supernode.start_readily()
+    loop.subprocess.Popen(["flower-superexec", "--insecure"])
+    assert started == [[sys.executable, "-m", "deploy.superexec", "--insecure"]]
+    text = Path(loop.__file__).read_text()
+    assert re.findall(r"\bsubprocess\.(\w+)\(", text) == ["Popen"]
+    assert 'command = ["flower-superexec"]' in text
 
 
 @pytest.mark.parametrize("run", [None, 5])
