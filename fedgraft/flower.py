@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 import tomli_w
@@ -50,7 +50,8 @@ def ask_soon_for_objects() -> None:
     A message is announced before the objects that it consists of. Flower waits a second before it
     asks again, and twice as long each further time, which we leave as it is.
     """
-    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+    functions: Any = inflatable_utils
+    for pull in (functions.pull_objects, functions.pull_and_inflate_object_from_tree):
         pull.__kwdefaults__["initial_backoff"] = OBJECT_SECONDS
 
 
