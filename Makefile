@@ -42,6 +42,7 @@ benchmarks: .venv/installed  ## Measure against the rivals (results belong in BE
 	$(BIN)/python benchmarks/base_memory.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/private_training.py
+	$(BIN)/python benchmarks/deployment.py
 
 clean:  ## Remove what make created, runs excepted.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist

@@ -84,7 +84,7 @@ def soak(
         "federation.min-clients": max(1, round(clients * fraction * 0.4)),
         "federation.deadline": 45,
         "federation.partition": "iid",
-        "train.steps": 2,
+        "train.steps": 20,
         "train.batch-size": 8,
         "evaluate.clients": "false",
         "model.device": "cpu",

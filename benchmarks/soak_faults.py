@@ -21,7 +21,7 @@ from deploy.keys import Keys
 
 CUT_SECONDS = 120.0
 STOPPED_SECONDS = (3.0, 8.0)
-MOMENT_SECONDS = 12.0
+MOMENT_SECONDS = 6.0
 """A fault strikes up to so long after a round's clients were asked."""
 FAULTS = {
     "SuperLink": 2,

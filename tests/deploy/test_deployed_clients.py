@@ -276,6 +276,33 @@ def test_memory_that_runs_out_is_said_and_a_fresh_trainer_serves_the_next_messag
     assert "out of memory: " in federation.log("0")
 
 
+def test_a_client_on_another_base_is_refused(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the client itself, and by its policy where the server's is not on the list."""
+    federation.policy("0", "")
+    monkeypatch.setenv(SOCKET, str(federation.folder / "state0" / "socket" / "trainer.sock"))
+    monkeypatch.setenv(CLIENT, "0")
+    config = Config().with_overrides(RUN)
+    model = resident_model(resident_task(config), config)
+    start = to_arrays(model.initial_adapter(0).tensors())
+
+    def reply(base_hash: str) -> Reply:
+        content = TrainRequest(round=1, arrays=start, base_hash=base_hash).encode()
+        return asked(config, content)
+
+    other = "0" * 64
+    refused = reply(other)
+    said = f"this client's base {model.base_hash[:12]} is not the server's {other[:12]}"
+    assert said in refused.refusal and refused.arrays is None
+    federation.policy("0", f'bases = ["{other}"]')
+    refused = reply(model.base_hash)
+    said = f"policy of client 0, bases: the base {model.base_hash[:12]} is not on its list"
+    assert said in refused.refusal and refused.arrays is None
+    federation.policy("0", f'bases = ["{model.base_hash}"]')
+    assert reply(model.base_hash).arrays is not None
+
+
 def asked(config: Config, content: RecordDict) -> Reply:
     """Let the relay ask a client's trainer to train, as in one of Flower's processes."""
     flower.set_identity(7)
