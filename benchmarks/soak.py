@@ -148,6 +148,7 @@ def rest(made: Federation) -> None:
     """Wait until all parts answer, nothing is at work, and connections have had time to close."""
     until(made.ready, START_SECONDS, "the return of all parts")
     until(lambda: not any(map(made.apps, PASSING)), START_SECONDS, "the end of all apps")
+    until(lambda: not made.unfinished(), START_SECONDS, "the end of all runs, also of killed ones")
     time.sleep(REST_SECONDS)
 
 

@@ -76,6 +76,8 @@ def plan(rounds: int, seed: int) -> list[Fault]:
 class Injector:
     """Strikes with the faults of a plan, each once, while a run is at work.
 
+    One whose moment has not come when a run is over strikes in the next one.
+
     Args:
         made: whom.
         progress: the run's file of events.
@@ -89,6 +91,7 @@ class Injector:
         self._made, self._progress, self._say = made, progress, say
         self._chosen = random.Random(seed + 1)
         self.struck = Counter[str]()
+        self._waiting: list[Fault] = []
         self._over = threading.Event()
         self._mending: list[threading.Timer] = []
 
@@ -96,7 +99,8 @@ class Injector:
     def striking(self, faults: Sequence[Fault]) -> Iterator[None]:
         """Strike for as long as the block lasts; at its end all that was stopped goes on."""
         self._over.clear()
-        thread = threading.Thread(target=self._strike_all, args=(faults,))
+        self._waiting += faults
+        thread = threading.Thread(target=self._strike_all)
         thread.start()
         try:
             yield
@@ -107,13 +111,15 @@ class Injector:
                 timer.join()
             self._mending.clear()
 
-    def _strike_all(self, faults: Sequence[Fault]) -> None:
-        for fault in faults:
+    def _strike_all(self) -> None:
+        while self._waiting:
+            fault = self._waiting[0]
             while not sampled(self._progress, fault.round):
                 if self._over.wait(0.1):
                     return
             if self._over.wait(fault.delay):
                 return
+            self._waiting.pop(0)
             hit = self._strike(fault.kind)
             if hit:
                 self.struck[fault.kind] += 1

@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ class Federation:
         told = status(self.config).clients
         return sum(one.state in ("idle", "training") for one in told)
 
+    def unfinished(self) -> int:
+        """Return how many runs the SuperLink takes for running, or else has not cleared away."""
+        status(self.config)  # it notices when it is asked
+        database = f"file:{self.config.state / 'superlink.db'}?mode=ro"
+        with closing(sqlite3.connect(database, uri=True)) as connection:
+            query = "select count(*) from task where finished_at is null"
+            return int(connection.execute(query).fetchone()[0])
+
     def look(self) -> Look:
         """Count everything, at rest."""
         roots = [self.server.pid, *(one.pid for one in self.clients.values())]
@@ -256,6 +265,7 @@ def stop(made: Federation) -> list[str]:
         f"{path.relative_to(made.folder)} is left over"
         for pattern in ("*-state/parts.json", "*-state/node/**/*.sock", "tmp/*")
         for path in made.folder.glob(pattern)
+        if not path.name.startswith("torchinductor_")  # torch's cache, one for all
     ]
     return left
 

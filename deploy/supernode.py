@@ -1,9 +1,10 @@
-"""Flower's SuperNode with what it lacks: a client certificate, shorter waits, late farewells.
+"""Flower's SuperNode with what it lacks: a client certificate, patience, short waits, an end.
 
 `python -m deploy.supernode OPTIONS` takes flower-supernode's own options. Flower's SuperNode has no
 option for a client certificate, which the gateway asks for, looks for messages every 3 s, and
-starts a ClientApp for each from nothing (see `deploy.nursery`). One that was killed counts as
-online for a minute, in which its successor is not let in; so the successor takes leave in its
+starts a ClientApp for each from nothing (see `deploy.nursery`). A TLS handshake that is cut off
+ends its loop for good, and leaves a process behind that does nothing. One that was killed counts
+as online for a minute, in which its successor is not let in; so the successor takes leave in its
 place. What is touched of Flower is here, with a test.
 """
 
@@ -15,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
     DeactivateNodeResponse,
 )
+from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -134,6 +137,32 @@ def present(certificate: str, key: str) -> None:
     patched.load_verify_locations = trust_and_present
 
 
+def ask_again_after_broken_handshakes() -> None:
+    """Let a handshake that was cut off be tried again, as every other lost connection is.
+
+    Flower takes all that has "ssl" in its text for a certificate that is refused, and gives up.
+    """
+    module: Any = connection
+    make = module.make_simple_http_retry_invoker
+
+    def patient() -> Any:
+        invoker = make()
+        gives_up = invoker.should_giveup
+        invoker.should_giveup = lambda error: not was_cut_off(error) and gives_up(error)
+        return invoker
+
+    module.make_simple_http_retry_invoker = patient
+
+
+def was_cut_off(error: BaseException | None) -> bool:
+    """Whether a connection ended with no verdict on anybody's certificate."""
+    while error is not None:
+        if isinstance(error, TimeoutError | ConnectionError | ssl.SSLEOFError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def take_leave_late(file: Path) -> None:
     """Let a SuperNode take leave for the one before it on this machine, where that was killed.
 
@@ -171,6 +200,7 @@ def main() -> None:
     """Run the SuperNode in this process, in the folder that is its own."""
     wait_less()
     ask_soon_for_objects()
+    ask_again_after_broken_handshakes()
     start_readily()
     forget_what_was_cut_off()
     take_leave_late(Path(ONLINE).absolute())
@@ -178,7 +208,13 @@ def main() -> None:
     if CERTIFICATE in os.environ:
         present(os.environ[CERTIFICATE], os.environ[KEY])
     sys.argv[0] = "flower-supernode"
-    flower_supernode()
+    try:
+        flower_supernode()
+        print("The SuperNode's loop has ended", file=sys.stderr, flush=True)
+    except Exception:
+        traceback.print_exc()
+    # Its web server's thread would keep this process; the supervisor starts another one.
+    os._exit(1)
 
 
 if __name__ == "__main__":

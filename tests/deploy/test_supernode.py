@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import socket
 import ssl
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -17,11 +22,13 @@ from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
     DeactivateNodeResponse,
 )
+from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from test_client_config import certificate
 
 from deploy import supernode
+from deploy.keys import Keys
 
 
 def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +107,70 @@ def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
     assert presented == [(str(keys / "client.crt"), "key")]
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata="x")
     assert len(presented) == 1
+
+
+def hang_up(client: socket.socket) -> None:
+    """End a connection in the middle of its handshake, as a gateway that is killed."""
+    client.recv(65536)
+    client.close()
+
+
+def say_nothing(client: socket.socket) -> None:
+    """Take what comes, as a link that was cut."""
+    while client.recv(4096):
+        pass
+
+
+def answer_as_a_stranger(client: socket.socket, keys: Path) -> None:
+    """Present a certificate of a CA that the client does not know."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(keys / "server.crt", keys / "server.key")
+    with suppress(OSError):
+        context.wrap_socket(client, server_side=True)
+
+
+@pytest.mark.parametrize(
+    ("server", "given_up"), [(hang_up, False), (say_nothing, False), (answer_as_a_stranger, True)]
+)
+def test_a_handshake_that_is_cut_off_is_tried_again_and_a_refused_one_is_not(
+    server: Callable[..., None], given_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower itself gives all three up."""
+    more = [Keys.create(tmp_path / "keys", ["localhost"]).server] if given_up else []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=lambda: server(listener.accept()[0], *more))
+        thread.start()
+        with pytest.raises(httpx.TransportError) as raised:
+            httpx.post(address, timeout=0.5)
+        thread.join()
+    make = connection.make_simple_http_retry_invoker
+    monkeypatch.setattr(connection, "make_simple_http_retry_invoker", make)
+    supernode.ask_again_after_broken_handshakes()
+    ours = connection.make_simple_http_retry_invoker().should_giveup
+    theirs = make().should_giveup
+    assert ours is not None and theirs is not None and theirs(raised.value)
+    assert ours(raised.value) == given_up
+
+
+@pytest.mark.parametrize("raised", [None, RuntimeError("it broke")])
+def test_a_supernode_whose_loop_has_ended_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: Exception | None
+) -> None:
+    """Though its web server's thread goes on."""
+    for name in ("wait_less", "forget_what_was_cut_off", "start_readily", "ask_soon_for_objects"):
+        monkeypatch.setattr(supernode, name, lambda: None)
+    for name in ("ask_again_after_broken_handshakes", "take_leave_late"):
+        monkeypatch.setattr(supernode, name, lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [""])
+    monkeypatch.delenv(supernode.CERTIFICATE, raising=False)
+    monkeypatch.setattr(supernode, "flower_supernode", Mock(side_effect=raised))
+    monkeypatch.setattr(supernode.os, "_exit", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        supernode.main()
+    supernode.os._exit.assert_called_once_with(1)  # type: ignore[attr-defined]
+    said = "loop has ended" if raised is None else "it broke"
+    assert said in capsys.readouterr().err
 
 
 def test_a_supernode_takes_leave_for_the_one_that_was_killed_before_it(
