@@ -25,7 +25,7 @@ KINDS = {
     "deploy.superexec": "SuperExec",
     "fedgraft-nursery": "nursery",
     "deploy.leash": "leash",
-    "flower-superlink": "SuperLink",
+    "deploy.patient_superlink": "SuperLink",
     "flower-superexec": "SuperExec",
     "flwr-serverapp": "ServerApp",
     "flwr-clientapp": "ClientApp",

@@ -17,7 +17,7 @@ from fedgraft.flower import flower_environment, free_port
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "FEDGRAFT_TEST")
 """What the SuperNode's processes, which count as the server's, see of our own environment."""
-_POLL_SECONDS = "0.05"
+_POLL_SECONDS = "2.0"  # between two questions of the SuperExec, which is told of work
 
 
 def parts(config: ClientConfig, file: Path, only: str | None = None) -> list[Part]:

@@ -32,7 +32,8 @@ def doctor(server: Path | None, client: Path | None, against: Path | None, as_js
         raise click.UsageError("Name one of --server FILE and --client FILE.")
     with busy("Looking"):
         from deploy.client_config import ClientConfig
-        from deploy.doctor import examine_client, examine_server
+        from deploy.doctor_client import examine_client
+        from deploy.doctor_server import examine_server
         from deploy.server_config import ServerConfig
         from fedgraft.config import Config
 

@@ -1,12 +1,14 @@
-"""Flower's SuperExec on a client, which takes its ClientApps from a nursery.
+"""Flower's SuperExec on a client, which takes its ClientApps from a nursery and is told of work.
 
-`python -m deploy.superexec OPTIONS` takes flower-superexec's own options. What is touched of Flower
-is here, with a test.
+`python -m deploy.superexec OPTIONS` takes flower-superexec's own options. Flower's asks its
+SuperNode for work again and again; ours waits for a signal from it, and asks but rarely. What is
+touched of Flower is here, with a test.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,9 +16,11 @@ from typing import Any
 
 from flwr.supercore import log
 from flwr.supercore.cli.flower_superexec import flower_superexec
+from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 
 from deploy.nursery import CLIENT_APP, Nursery
+from fedgraft.flower import WORK
 
 
 def take_from(nursery: Nursery) -> None:
@@ -33,9 +37,23 @@ def take_from(nursery: Nursery) -> None:
     module.subprocess = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
 
 
+def wait_for_work() -> None:
+    """Let the pauses between two questions end as soon as the SuperNode sends its signal.
+
+    It is blocked from before our start, so that one that comes early is kept.
+    """
+
+    def sleep(seconds: float) -> None:
+        signal.sigtimedwait({WORK}, seconds)
+
+    module: Any = run_superexec
+    module.time = SimpleNamespace(sleep=sleep)
+
+
 def main() -> None:
     """Run the SuperExec in this process."""
     take_from(Nursery())
+    wait_for_work()
     sys.argv[0] = "flower-superexec"
     flower_superexec()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 from deploy.keys import Keys
 from deploy.server_config import ServerConfig
@@ -20,7 +19,7 @@ def superlink(config: ServerConfig, keys: Keys) -> Part:
     """Return the SuperLink as a part to supervise, and write the connection that leads to it."""
     write_connection(config.flower_home, config.superlink_port, keys.server / "ca.crt")
     command = [
-        str(Path(sys.executable).parent / "flower-superlink"),
+        *(sys.executable, "-m", "deploy.patient_superlink"),
         *("--host", "127.0.0.1", "--port", str(config.superlink_port)),
         *("--ssl-ca-certfile", str(keys.server / "ca.crt")),
         *("--ssl-certfile", str(keys.server / "server.crt")),
@@ -30,7 +29,8 @@ def superlink(config: ServerConfig, keys: Keys) -> Part:
         *("--database", str(config.state / "superlink.db")),
     ]
     environment = flower_environment(config.flower_home) | {
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        # It starts but one ServerApp a run, and each question of its costs the database a write.
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         "PYTHONUNBUFFERED": "1",
     }
     ready = listens(config.superlink_port)

@@ -11,12 +11,15 @@ place. What is touched of Flower is here, with a test.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import ssl
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +38,7 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fedgraft.flower import ask_soon_for_objects
+from fedgraft.flower import WORK, ask_soon_for_objects
 
 CERTIFICATE, KEY = "FEDGRAFT_CLIENT_CERTIFICATE", "FEDGRAFT_CLIENT_KEY"
 """Environment variables with the paths of the client's certificate and its key."""
@@ -53,6 +56,8 @@ ONLINE = "online"
 """File in the SuperNode's folder with its node id, from being let in to taking leave."""
 SEEN_SECONDS = 10.0
 """How long a node stays away after a late farewell, so that the ServerApp sees what was lost."""
+FAILED, FAILED_SECONDS = 500, 60.0
+"""A server that fails is asked again for so long."""
 _AWAY = (502, 503, 504)
 
 
@@ -71,14 +76,24 @@ def wait_less() -> None:
     module.time = SimpleNamespace(sleep=sleep)
 
 
-def start_readily() -> None:
-    """Let the SuperNode start our SuperExec, see `deploy.superexec`, in place of Flower's."""
+class SuperExec:
+    """Our SuperExec, see `deploy.superexec`, which the SuperNode starts in place of Flower's."""
 
-    def start(words: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "deploy.superexec", *words[1:]])
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        module: Any = loop
+        module.subprocess = SimpleNamespace(Popen=self._start)
 
-    module: Any = loop
-    module.subprocess = SimpleNamespace(Popen=start)
+    def _start(self, words: list[str]) -> subprocess.Popen[bytes]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {WORK})  # as it inherits: to be waited for
+        command = [sys.executable, "-m", "deploy.superexec", *words[1:]]
+        self._process = subprocess.Popen(command)
+        return self._process
+
+    def wake(self) -> None:
+        """Tell it that there is something to do."""
+        if self._process is not None:
+            self._process.send_signal(WORK)  # nothing happens to one that has ended
 
 
 class _Watched:
@@ -102,18 +117,23 @@ class _Watched:
         return getattr(self._state, name)
 
 
-def forget_what_was_cut_off() -> None:
-    """End the task of a message that did not come whole because its run was over.
+def mind_messages(came: Callable[[], None]) -> None:
+    """Say when a message has come, and end the task of one whose run was over before it had.
 
-    Flower leaves it open, and the ClientApp that it started then waits for the rest for ever.
+    Flower leaves that task open, and the ClientApp started for it waits for the rest for ever.
+
+    Args:
+        came: called for every message that is there whole.
     """
     module: Any = loop
     pull = module._pull_and_store_message
 
-    def pull_or_forget(state: Any, object_store: Any, **given: Any) -> int | None:
+    def pull_and_mind(state: Any, object_store: Any, **given: Any) -> int | None:
         watched = _Watched(state)
         run: int | None = pull(state=watched, object_store=object_store, **given)
-        if run is None:
+        if run is not None:
+            came()
+        else:
             state.delete_messages(message_ids=watched.messages)
             for message in watched.messages:
                 object_store.delete(message)
@@ -121,7 +141,7 @@ def forget_what_was_cut_off() -> None:
                 state.finish_task(task, sub_status=SubStatus.FAILED, details="cut off")
         return run
 
-    module._pull_and_store_message = pull_or_forget
+    module._pull_and_store_message = pull_and_mind
 
 
 def present(certificate: str, key: str) -> None:
@@ -137,21 +157,46 @@ def present(certificate: str, key: str) -> None:
     patched.load_verify_locations = trust_and_present
 
 
-def ask_again_after_broken_handshakes() -> None:
-    """Let a handshake that was cut off be tried again, as every other lost connection is.
+def be_patient() -> None:
+    """Let what may pass be tried again, as every other lost connection is.
 
-    Flower takes all that has "ssl" in its text for a certificate that is refused, and gives up.
+    Flower takes all that has "ssl" in its text for a certificate that is refused, and gives up; and
+    a reply that the server failed to take, since too much was going on there, it drops.
     """
     module: Any = connection
     make = module.make_simple_http_retry_invoker
 
     def patient() -> Any:
         invoker = make()
-        gives_up = invoker.should_giveup
-        invoker.should_giveup = lambda error: not was_cut_off(error) and gives_up(error)
+        invoker.should_giveup = Patience(invoker.should_giveup)
         return invoker
 
     module.make_simple_http_retry_invoker = patient
+
+
+class Patience:
+    """Whether to give a request up.
+
+    Args:
+        gives_up: Flower's own answer to that, for what is not patience's.
+    """
+
+    def __init__(self, gives_up: Callable[[Exception], bool]) -> None:
+        self._gives_up = gives_up
+        self._first = self._last = -math.inf  # monotonic seconds of failures in a row
+
+    def __call__(self, error: Exception) -> bool:
+        """Return whether this failure is the last."""
+        if was_cut_off(error):
+            return False
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == FAILED:
+            now = time.monotonic()
+            if now - self._last > FAILED_SECONDS:
+                self._first = now
+            self._last = now
+            if now - self._first < FAILED_SECONDS:
+                return False
+        return self._gives_up(error)
 
 
 def was_cut_off(error: BaseException | None) -> bool:
@@ -200,9 +245,8 @@ def main() -> None:
     """Run the SuperNode in this process, in the folder that is its own."""
     wait_less()
     ask_soon_for_objects()
-    ask_again_after_broken_handshakes()
-    start_readily()
-    forget_what_was_cut_off()
+    be_patient()
+    mind_messages(SuperExec().wake)
     take_leave_late(Path(ONLINE).absolute())
     logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))
     if CERTIFICATE in os.environ:

@@ -7,6 +7,7 @@ so that a new Flower release breaks one place and says so.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 OBJECT_SECONDS = 0.05
 """How long to wait before a message's object is asked for again that was not there yet."""
+WORK = signal.SIGUSR1
+"""By which our SuperNode tells our SuperExec that there is something to do."""
 SERVER_NODE = 1
 """Node id of the server in an in-process federation; clients come after it."""
 
@@ -80,6 +83,7 @@ def is_lost(reply: Message) -> bool:
         ErrorCode.NODE_UNAVAILABLE,
         ErrorCode.CLIENT_APP_CRASHED,
         ErrorCode.REPLY_MESSAGE_UNAVAILABLE,  # it died while it sent the answer
+        ErrorCode.MESSAGE_UNAVAILABLE,  # as well: the answer was announced and never came
     )
     return reply.has_error() and reply.error.code in lost
 

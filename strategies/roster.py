@@ -24,7 +24,11 @@ from fedgraft.refusal import CONFIG
 from strategies.replies import trouble_of
 
 log = logging.getLogger(__name__)
-POLL_SECONDS = 0.05
+POLL_SECONDS, POLL_SHARE, POLL_MOST = 0.05, 0.02, 0.5
+"""Seconds between two questions for replies: that share of what has been waited, within bounds.
+
+Deployed, a question costs the server some 20 ms of a core, and a round may take hours.
+"""
 HELLO_SECONDS = 120.0
 GRACE_SECONDS = 5.0
 """How long a round is held up for the names of newcomers; who is slower joins a later one."""
@@ -83,7 +87,12 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> Iterat
         if time.monotonic() - heard > deadline:
             yield from (one.reply for one in lost)
             return
-        time.sleep(POLL_SECONDS)
+        _pause(heard)
+
+
+def _pause(since: float) -> None:
+    waited = time.monotonic() - since
+    time.sleep(min(max(POLL_SECONDS, POLL_SHARE * waited), POLL_MOST))
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ class Roster:
             if now - heard > HELLO_SECONDS:
                 self._asked.clear()
                 break
-            time.sleep(POLL_SECONDS)
+            _pause(heard)
         return replies
 
     def _heard(self, reply: Message) -> Hello | None:
@@ -227,7 +236,7 @@ class Roster:
         Raises:
             RunError: they are not within the deadline, in seconds; or two give the same name.
         """
-        end = time.monotonic() + deadline
+        began = time.monotonic()
         self.refresh(grid, wanted)
         while len(self._names) < wanted or self.claimed:
             if self.claimed:
@@ -235,12 +244,12 @@ class Roster:
                     f"two nodes call themselves {min(self.claimed)!r}",
                     "Give every client its own name (partition-id, in a simulation).",
                 )
-            if time.monotonic() > end:
+            if time.monotonic() - began > deadline:
                 known = ", ".join(self.names()) or "none"
                 raise RunError(
                     f"{len(self._names)} of {wanted} clients connected within {deadline:.0f} s "
                     f"({known})",
                     "Start the missing clients, or lower federation.clients.",
                 )
-            time.sleep(POLL_SECONDS)
+            _pause(began)
             self.refresh(grid, wanted)

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from command_line import call
 
-from deploy import doctor
+from deploy import doctor_client
 from deploy.client_config import ClientConfig
 from deploy.client_config import write_example as write_client
-from deploy.doctor import Finding, examine_client, examine_server
+from deploy.doctor_client import examine_client
+from deploy.doctor_server import examine_server
+from deploy.findings import Finding
 from deploy.keys import Keys
 from deploy.server_config import ServerConfig
 from deploy.server_config import write_example as write_server
@@ -79,7 +81,7 @@ def test_a_small_disk_and_a_gpu_that_is_not_there(
 ) -> None:
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(
-        "deploy.doctor.shutil.disk_usage", lambda path: usage._replace(free=1 << 20)
+        "deploy.findings.shutil.disk_usage", lambda path: usage._replace(free=1 << 20)
     )
     path = folder / "client.toml"
     path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda:77"'))
@@ -93,7 +95,7 @@ def test_a_server_that_does_not_answer(folder: Path) -> None:
 
 
 def test_a_certificate_that_has_expired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "days_left", lambda certificate: -1.0)
+    monkeypatch.setattr(doctor_client, "days_left", lambda certificate: -1.0)
     texts = [one.text for one in examine_client(client_of(folder), None) if one.verdict == "wrong"]
     assert any(text.startswith("this client's expired on") for text in texts)
 
@@ -104,7 +106,7 @@ def test_a_certificate_that_has_expired(folder: Path, monkeypatch: pytest.Monkey
 def test_the_clock_against_the_servers_date(seconds: int, verdict: str) -> None:
     now = datetime.now(UTC).replace(microsecond=0)
     date = format_datetime(now - timedelta(seconds=seconds), usegmt=True)
-    (finding,) = doctor._clock(date, now)
+    (finding,) = doctor_client._clock(date, now)
     assert finding.verdict == verdict
     assert (
         finding.text == f"{abs(seconds)} s {'ahead of' if seconds > 0 else 'behind'} the server's"

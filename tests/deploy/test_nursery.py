@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 from real_server import alive, until
 
 from deploy import superexec
+from fedgraft.flower import WORK
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -97,3 +101,18 @@ def test_the_superexec_takes_clientapps_from_the_nursery_and_starts_all_else(
     assert started == (apps[1:] if there else apps)
     text = Path(subprocess_executor.__file__).read_text()
     assert set(re.findall(r"\bsubprocess\.(\w+)", text)) == {"Popen", "DEVNULL"}
+
+
+def test_the_superexec_pauses_until_it_is_told_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop takes nothing of `time` but the sleep that is replaced."""
+    monkeypatch.setattr(run_superexec, "time", run_superexec.time)
+    superexec.wait_for_work()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {WORK})
+    try:
+        signal.pthread_kill(threading.get_ident(), WORK)
+        run_superexec.time.sleep(3600.0)
+        run_superexec.time.sleep(0.001)  # without it, as long as it is told to
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    text = Path(run_superexec.__file__).read_text()
+    assert re.findall(r"\btime\.(\w+)\(", text) == ["sleep"]

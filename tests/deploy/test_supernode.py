@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import ssl
 import sys
@@ -29,6 +30,7 @@ from test_client_config import certificate
 
 from deploy import supernode
 from deploy.keys import Keys
+from fedgraft.flower import WORK
 
 
 def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,14 +53,25 @@ def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(re.findall(r"\btime\.(\w+)\(", text)) == {"sleep"}
 
 
-def test_the_supernode_starts_our_superexec(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_supernode_starts_our_superexec_and_wakes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its loop takes nothing of `subprocess` but the start of flower-superexec."""
     monkeypatch.setattr(loop, "subprocess", loop.subprocess)
-    started: list[list[str]] = []
-    monkeypatch.setattr(supernode.subprocess, "Popen", started.append)
-    supernode.start_readily()
-    loop.subprocess.Popen(["flower-superexec", "--insecure"])
-    assert started == [[sys.executable, "-m", "deploy.superexec", "--insecure"]]
+    started = Mock()
+    monkeypatch.setattr(supernode.subprocess, "Popen", started)
+    superexec = supernode.SuperExec()
+    superexec.wake()  # nobody is there yet
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        loop.subprocess.Popen(["flower-superexec", "--insecure"])
+        # It inherits that the signal is kept until it is waited for.
+        assert WORK in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    started.assert_called_once_with([sys.executable, "-m", "deploy.superexec", "--insecure"])
+    superexec.wake()
+    started.return_value.send_signal.assert_called_once_with(WORK)
     text = Path(loop.__file__).read_text()
     assert re.findall(r"\bsubprocess\.(\w+)\(", text) == ["Popen"]
     assert 'command = ["flower-superexec"]' in text
@@ -86,10 +99,10 @@ def test_a_message_whose_run_was_over_half_way_leaves_no_clientapp_waiting(
         return run
 
     monkeypatch.setattr(loop, "_pull_and_store_message", pull)
-    supernode.forget_what_was_cut_off()
+    supernode.mind_messages(lambda: did.append(("came", 0)))
     found = loop._pull_and_store_message(state=state, object_store=store, node_config={})
     ended = [("messages", ["m"]), ("objects", "m"), ("failed", 7)]
-    assert (found, did) == (run, [("node", 3), *(ended if run is None else [])])
+    assert (found, did) == (run, [("node", 3), *(ended if run is None else [("came", 0)])])
 
 
 def test_contexts_that_trust_the_federations_ca_present_the_clients_certificate(
@@ -146,11 +159,26 @@ def test_a_handshake_that_is_cut_off_is_tried_again_and_a_refused_one_is_not(
         thread.join()
     make = connection.make_simple_http_retry_invoker
     monkeypatch.setattr(connection, "make_simple_http_retry_invoker", make)
-    supernode.ask_again_after_broken_handshakes()
+    supernode.be_patient()
     ours = connection.make_simple_http_retry_invoker().should_giveup
     theirs = make().should_giveup
     assert ours is not None and theirs is not None and theirs(raised.value)
     assert ours(raised.value) == given_up
+
+
+def test_a_server_that_fails_is_asked_again_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(supernode.time, "monotonic", lambda: now[0])
+    patience = supernode.Patience(lambda error: True)
+
+    def gives_up(status: int, later: float) -> bool:
+        now[0] += later
+        answer = httpx.Response(status, request=httpx.Request("POST", "https://x"))
+        return patience(httpx.HTTPStatusError("", request=answer.request, response=answer))
+
+    assert [gives_up(500, 20.0) for _ in range(5)] == [False, False, False, True, True]
+    assert not gives_up(500, 61.0)  # another failure, long after
+    assert gives_up(404, 0.0)
 
 
 @pytest.mark.parametrize("raised", [None, RuntimeError("it broke")])
@@ -158,10 +186,11 @@ def test_a_supernode_whose_loop_has_ended_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: Exception | None
 ) -> None:
     """Though its web server's thread goes on."""
-    for name in ("wait_less", "forget_what_was_cut_off", "start_readily", "ask_soon_for_objects"):
-        monkeypatch.setattr(supernode, name, lambda: None)
-    for name in ("ask_again_after_broken_handshakes", "take_leave_late"):
-        monkeypatch.setattr(supernode, name, lambda *_: None)
+    for name in (
+        *("wait_less", "ask_soon_for_objects", "be_patient"),
+        *("SuperExec", "mind_messages", "take_leave_late"),
+    ):
+        monkeypatch.setattr(supernode, name, Mock())
     monkeypatch.setattr(sys, "argv", [""])
     monkeypatch.delenv(supernode.CERTIFICATE, raising=False)
     monkeypatch.setattr(supernode, "flower_supernode", Mock(side_effect=raised))
