@@ -29,7 +29,7 @@ def main() -> None:
     """Run the SuperLink in this process."""
     wait_for_the_database()
     sys.argv[0] = "flower-superlink"
-    sys.exit(flower_superlink())
+    flower_superlink()
 
 
 if __name__ == "__main__":
