@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from trainers import listening, order, own, request
+from waiting import until
 
 from client import relay
 from client.resident import service
@@ -62,13 +62,6 @@ def echo(tmp_path: Path) -> Echo:
 
 def empty(kind: str) -> Order:
     return Order(protocol=PROTOCOL, fedgraft=__version__, kind=kind, content=encode(RecordDict()))
-
-
-def until(check: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
 
 
 def test_it_says_who_and_how_it_is(echo: Echo, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 from command_line import FEDGRAFT, events
 from network_namespaces import SERVER, Hosts
-from real_server import RealServer, real_server, until, write_server
+from real_server import RealServer, real_server, write_server
 from safetensors.torch import load_file
+from waiting import until
 
 from deploy.client_config import write_example
 from deploy.keys import Keys

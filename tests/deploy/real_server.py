@@ -8,8 +8,7 @@ import os
 import signal
 import ssl
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +20,13 @@ from command_line import FEDGRAFT
 from flwr.supernode.cli.flower_supernode import load_ssh_private_key
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from waiting import until
 
 from deploy.gateway import find_nginx
 from deploy.keys import Keys
 from deploy.server_config import ServerConfig, write_example
 from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
-
-
-def until(check: Callable[[], Any], seconds: float = 90.0, what: str = "it") -> Any:
-    """Wait until a check gives something true, and return that."""
-    limit = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < limit, f"{what} did not happen in {seconds:g} s"
-        time.sleep(0.02)
-    return value
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs."""
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def need_nginx() -> None:

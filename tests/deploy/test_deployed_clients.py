@@ -10,8 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 import pytest
 from command_line import FEDGRAFT
 from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
+from waiting import until
 
 from client import relay
 from client.resident.protocol import CLIENT, SOCKET
@@ -77,13 +77,6 @@ def write_plugin(folder: Path) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hungry\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fedgraft.tasks]\nhungry = hungry:Hungry\n")
     return folder
-
-
-def until(check: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
 
 
 @dataclass
@@ -159,7 +152,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
             clients.append(process)
         flower.wait_for_port(port, link, folder / "flower.log")
         for k in CLIENTS:
-            until(lambda k=k: "SuperNode ID" in made.log(k), f"client {k} connects")  # type: ignore[misc]
+            until(lambda k=k: "SuperNode ID" in made.log(k), 300.0, f"client {k} connects")  # type: ignore[misc]
         yield made
         for process in clients:
             process.terminate()
@@ -177,7 +170,7 @@ def _marked(process: psutil.Process, mark: str) -> bool:
 
 
 def finished(run: RunDirectory) -> RunDirectory:
-    until(lambda: run.summary() is not None, f"the run in {run.path} ends")
+    until(lambda: run.summary() is not None, 300.0, f"the run in {run.path} ends")
     return run
 
 
@@ -191,7 +184,7 @@ def test_the_adapter_is_the_in_process_one_though_a_trainer_is_killed(
     """It is bit for bit the same; the trainer comes back, and its round is not lost."""
     config = Config().with_overrides(RUN)
     run = federation.submit("plain", config)
-    until(lambda: "train, round 1" in federation.log("0"), "client 0 trains")
+    until(lambda: "train, round 1" in federation.log("0"), 300.0, "client 0 trains")
     first = federation.pid("0", "trainer")
     os.kill(first, signal.SIGKILL)
     finished(run)
@@ -269,7 +262,7 @@ def test_memory_that_runs_out_is_said_and_a_fresh_trainer_serves_the_next_messag
     hungry = config.with_overrides({"task.name": "hungry"})
     assert asked(hungry, content).refusal == f"{NO_MEMORY} on this client"
     said = "trainer ended with exit status 75; starting it again"
-    until(lambda: said in federation.log("0"), "the trainer ends")
+    until(lambda: said in federation.log("0"), 300.0, "the trainer ends")
     reply = asked(config, content)  # waits until the new one is there
     assert reply.arrays is not None, reply.refusal
     assert federation.pid("0", "trainer") != first

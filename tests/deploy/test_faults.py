@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 from real_federation import SMALL, RealFederation, furthest, pause, real_federation
-from real_server import until
+from waiting import until
 
 from client import app as client_app
 from fedgraft.config import Config

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from real_server import need_nginx, until, write_server
+from real_server import need_nginx, write_server
+from waiting import until
 
 from deploy import gateway, server
 from deploy.admission import digest

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
-from real_server import alive, until
+from waiting import alive, until
 
 from deploy import superexec
 from fedgraft.flower import WORK

@@ -25,7 +25,8 @@ import pytest
 from command_line import call
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest
 from flwr.proto.node_pb2 import Node
-from real_server import RealServer, alive, need_nginx, real_server, until, write_server
+from real_server import RealServer, need_nginx, real_server, write_server
+from waiting import alive, until
 
 from deploy import server as server_module
 from deploy.certificates import issue_client, issue_server, make_authority, read_issued

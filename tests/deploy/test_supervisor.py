@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import alive, until
 
 from deploy import supervisor as supervisor_module
 from deploy.certificates import issue_server, make_authority
@@ -31,14 +32,6 @@ from fedgraft.errors import RunError
 
 WAIT = "import time; time.sleep(600)"
 ROOT = Path(__file__).parents[2]
-
-
-def until(check: Callable[[], Any], seconds: float = 20.0) -> Any:
-    limit = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < limit, "it did not happen in time"
-        time.sleep(0.02)
-    return value
 
 
 def part(folder: Path, name: str, code: str, **options: Any) -> Part:
@@ -60,10 +53,6 @@ def running(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "parts.json").read_text())
     except FileNotFoundError:
         return {}
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import psutil
 import pytest
 from command_line import FEDGRAFT, Done, call
 from safetensors.torch import load_file
+from waiting import until
 
 from deploy.gateway import find_nginx
 from fedgraft.errors import ConfigError
@@ -49,14 +49,6 @@ def shell_lines() -> list[list[str]]:
         bodies = [line] if loop is None else [loop[2].replace("$k", k) for k in loop[1].split()]
         lines += [shlex.split(body) for body in bodies]
     return [words for words in lines if words[0] == "fedgraft"]
-
-
-def until(check: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + WAIT_SECONDS
-    while not (found := check()):
-        assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.05)
-    return found
 
 
 @dataclass
@@ -198,7 +190,7 @@ def test_the_printed_lines_end_with_the_simulations_adapter_on_every_client(
     assert abs(down - sent) <= 0.1 * down
 
     # Flower notices a moment later that its ServerApp has ended.
-    until(lambda: status()["run"]["state"] == "completed", "the run's end")
+    until(lambda: status()["run"]["state"] == "completed", WAIT_SECONDS, "the run's end")
     told = status()
     assert {c["name"]: c["state"] for c in told["clients"]} == dict.fromkeys("012", "idle")
     run = told["run"]
@@ -229,10 +221,10 @@ def test_killed_server_app_and_superlink_lose_no_finished_round(
         )
     try:
         progress = federation.folder / "killed" / "progress.jsonl"
-        until(lambda: _sampled(progress, 1), "round 1")
+        until(lambda: _sampled(progress, 1), WAIT_SECONDS, "round 1")
         (server_app,) = _server_apps(federation)
         server_app.kill()
-        until(lambda: _sampled(progress, 2), "round 2")
+        until(lambda: _sampled(progress, 2), WAIT_SECONDS, "round 2")
         psutil.Process(federation.parts()["superlink"]["pid"]).kill()
         assert submit.wait(WAIT_SECONDS) == 0, said.read_text()
     finally:
