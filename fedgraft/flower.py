@@ -47,15 +47,22 @@ def set_identity(run_id: int, node_id: int = SERVER_NODE) -> None:
     TaskIdentity.task_id = 1
 
 
-def ask_soon_for_objects() -> None:
+def ask_soon_for_objects(most: float | None = None) -> None:
     """Let this process ask soon again for an object that is still on its way to the other side.
 
     A message is announced before the objects that it consists of. Flower waits a second before it
     asks again, and twice as long each further time, which we leave as it is.
+
+    Args:
+        most: seconds after which a message is given up whose objects do not come: whoever sends it
+            may have died over it, and no other message is read meanwhile. None leaves that to the
+            SuperLink, which takes three minutes.
     """
     functions: Any = inflatable_utils
     for pull in (functions.pull_objects, functions.pull_and_inflate_object_from_tree):
         pull.__kwdefaults__["initial_backoff"] = OBJECT_SECONDS
+        if most is not None:
+            pull.__kwdefaults__["max_time"] = most
 
 
 def set_message_id(message: Message, message_id: str) -> None:

@@ -27,8 +27,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, in the directory that it names."""
-    ask_soon_for_objects()
     config = Config.from_run_config(context.run_config)
+    ask_soon_for_objects(config.federation.deadline)
     directory = _directory(context, config)
     with directory.held(), quiet(directory.log):
         try:

@@ -18,6 +18,8 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.common.config import get_fused_config_from_dir, parse_config_args
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
 from fedgraft import flower
 from fedgraft.config import RUN_CONFIG_KEY, Config
@@ -32,6 +34,34 @@ def test_messages_can_be_made_once_the_process_has_an_identity():
     reply = Message(RecordDict({"c": ConfigRecord({"x": 1})}), reply_to=message)
     assert message.metadata.message_id == reply.metadata.reply_to_message_id == "m-1"
     assert (reply.metadata.src_node_id, reply.metadata.run_id) == (5, 77)
+
+
+def test_objects_are_asked_for_soon_and_given_up_in_time(monkeypatch: pytest.MonkeyPatch):
+    pull, inflate = (
+        inflatable_utils.pull_objects,
+        inflatable_utils.pull_and_inflate_object_from_tree,
+    )
+    for function in (pull, inflate):
+        monkeypatch.setattr(function, "__kwdefaults__", dict(function.__kwdefaults__))
+    came: list[float] = []
+
+    def later(object_id: str) -> bytes:
+        came.append(time.monotonic())
+        if len(came) < 3:
+            raise ObjectUnavailableError(object_id)
+        return b"here"
+
+    flower.ask_soon_for_objects()
+    assert pull(["a"], later) == {"a": b"here"}
+    assert came[2] - came[0] < 1.0  # 0.05 s and 0.1 s, give or take a fifth; Flower takes 3 s
+
+    def never(object_id: str) -> bytes:
+        raise ObjectUnavailableError(object_id)
+
+    flower.ask_soon_for_objects(0.2)
+    with pytest.raises(ObjectPullError):
+        pull(["a"], never)
+    assert inflate.__kwdefaults__["max_time"] == 0.2
 
 
 def test_an_error_reply_says_what_was_raised():
