@@ -8,6 +8,8 @@ touched of Flower is here, with a test.
 from __future__ import annotations
 
 import logging
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -40,11 +42,17 @@ def take_from(nursery: Nursery) -> None:
 def wait_for_work() -> None:
     """Let the pauses between two questions end as soon as the SuperNode sends its signal.
 
-    It is blocked from before our start, so that one that comes early is kept.
+    It is blocked from before our start until now, so that one that comes early is kept.
     """
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    signal.signal(WORK, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {WORK})
 
     def sleep(seconds: float) -> None:
-        signal.sigtimedwait({WORK}, seconds)
+        if select.select([woken], [], [], seconds)[0]:
+            os.read(woken, 4096)
 
     module: Any = run_superexec
     module.time = SimpleNamespace(sleep=sleep)

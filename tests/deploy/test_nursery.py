@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -106,13 +107,18 @@ def test_the_superexec_takes_clientapps_from_the_nursery_and_starts_all_else(
 def test_the_superexec_pauses_until_it_is_told_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loop takes nothing of `time` but the sleep that is replaced."""
     monkeypatch.setattr(run_superexec, "time", run_superexec.time)
-    superexec.wait_for_work()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {WORK})
+    handler, descriptor = signal.getsignal(WORK), signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {WORK})  # as it is inherited
+    signal.pthread_kill(threading.get_ident(), WORK)  # early; other threads would die of it
     try:
-        signal.pthread_kill(threading.get_ident(), WORK)
+        superexec.wait_for_work()
         run_superexec.time.sleep(3600.0)
-        run_superexec.time.sleep(0.001)  # without it, as long as it is told to
+        os.kill(os.getpid(), WORK)
+        run_superexec.time.sleep(3600.0)
+        run_superexec.time.sleep(0.001)  # untold, as long as it is asked to
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(WORK, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {WORK})
     text = Path(run_superexec.__file__).read_text()
     assert re.findall(r"\btime\.(\w+)\(", text) == ["sleep"]
