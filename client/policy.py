@@ -51,7 +51,7 @@ privacy-mode = "none"
 # lifetime-epsilon = 8.0
 # delta = 1e-5
 
-# Bases by their hash, as the trainer's log and a run's config.toml name it.
+# Bases by their hash, as `fedgraft doctor --client ... --against CONFIG.toml` names it.
 {bases}
 
 tasks = [{task}]
@@ -98,7 +98,7 @@ class Policy(Group):
             if not _HASH.fullmatch(base):
                 raise ConfigError(
                     f"clause bases in {path} holds {base!r}, which is no hash of a base",
-                    "Write 64 digits from 0 to f, as the trainer's log names them.",
+                    "Write 64 digits from 0 to f, as `fedgraft doctor` with --against names them.",
                 )
         return policy
 

@@ -41,7 +41,7 @@ def _trainer(config: ClientConfig, file: Path, takes_user: bool) -> Part:
         name=TRAINER,
         command=[
             *as_user(config.trainer_user if takes_user else None),
-            *(sys.executable, "-m", "deploy.trainer", str(file.resolve())),
+            *(sys.executable, "-P", "-m", "deploy.trainer", str(file.resolve())),
         ],
         ready=lambda: _answers(config.socket),
         environment=environment,
@@ -80,7 +80,7 @@ def _node(config: ClientConfig, takes_user: bool) -> Part:
         name=NODE,
         command=[
             *as_user(config.node_user if takes_user else None),
-            *(sys.executable, "-m", "deploy.supernode", *options),
+            *(sys.executable, "-P", "-m", "deploy.supernode", *options),
         ],
         ready=listens(port),
         environment=environment,
@@ -91,12 +91,12 @@ def _node(config: ClientConfig, takes_user: bool) -> Part:
 def as_user(user: str | int | None) -> list[str]:
     """Return what starts a command as a Unix user; nothing for our own.
 
-    It begins as root in a folder that the user may write to: -P keeps Python from importing what
-    lies there.
+    It begins as root in a folder, and with a home, that the user may write to: -P and -s keep
+    Python from importing what lies there.
     """
     if user is None:
         return []
-    return [sys.executable, "-P", "-m", "deploy.as_user", *map(str, user_and_group(user))]
+    return [sys.executable, "-P", "-s", "-m", "deploy.as_user", *map(str, user_and_group(user))]
 
 
 def _answers(path: Path) -> bool:

@@ -200,7 +200,7 @@ def write_nodes(config: ServerConfig, invited: Iterable[Client]) -> None:
         "map_hash_bucket_size 1024;",
         f"map_hash_max_size {max(2048, 4 * len(rows))};",
         f"map {variable} $node {{",
-        '  default "unknown";',
+        '  default "?";',  # which no client can be called
         *rows,
         "}",
     ]

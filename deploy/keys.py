@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -312,7 +313,12 @@ def _certificate(issued: Issued) -> Certificate:
 
 def _client(record: dict[str, Any]) -> Client:
     certificates = tuple(Certificate(**one) for one in record["certificates"])
-    return Client(**{**record, "certificates": certificates})
+    client = Client(**{**record, "certificates": certificates})
+    try:
+        load_ssh_public_key(client.node_key.encode())
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from None
+    return client
 
 
 def _now() -> str:

@@ -19,7 +19,7 @@ def superlink(config: ServerConfig, keys: Keys) -> Part:
     """Return the SuperLink as a part to supervise, and write the connection that leads to it."""
     write_connection(config.flower_home, config.superlink_port, keys.server / "ca.crt")
     command = [
-        *(sys.executable, "-m", "deploy.patient_superlink"),
+        *(sys.executable, "-P", "-m", "deploy.patient_superlink"),
         *("--host", "127.0.0.1", "--port", str(config.superlink_port)),
         *("--ssl-ca-certfile", str(keys.server / "ca.crt")),
         *("--ssl-certfile", str(keys.server / "server.crt")),

@@ -15,7 +15,6 @@ import math
 import os
 import signal
 import ssl
-import subprocess
 import sys
 import time
 import traceback
@@ -38,6 +37,7 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from deploy.kept_superexec import KeptSuperExec
 from fedgraft.flower import WORK, ask_soon_for_objects
 
 CERTIFICATE, KEY = "FEDGRAFT_CLIENT_CERTIFICATE", "FEDGRAFT_CLIENT_KEY"
@@ -76,24 +76,14 @@ def wait_less() -> None:
     module.time = SimpleNamespace(sleep=sleep)
 
 
-class SuperExec:
-    """Our SuperExec, see `deploy.superexec`, which the SuperNode starts in place of Flower's."""
+def start_ours() -> KeptSuperExec:
+    """Let the SuperNode start our SuperExec, see `deploy.superexec`, and keep it running."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {WORK})  # which it inherits: to be waited for
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        module: Any = loop
-        module.subprocess = SimpleNamespace(Popen=self._start)
+    def command(words: list[str]) -> list[str]:
+        return [sys.executable, "-P", "-m", "deploy.superexec", *words[1:]]
 
-    def _start(self, words: list[str]) -> subprocess.Popen[bytes]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {WORK})  # as it inherits: to be waited for
-        command = [sys.executable, "-m", "deploy.superexec", *words[1:]]
-        self._process = subprocess.Popen(command)
-        return self._process
-
-    def wake(self) -> None:
-        """Tell it that there is something to do."""
-        if self._process is not None:
-            self._process.send_signal(WORK)  # nothing happens to one that has ended
+    return KeptSuperExec(loop, command)
 
 
 class _Watched:
@@ -246,7 +236,8 @@ def main() -> None:
     wait_less()
     ask_soon_for_objects()
     be_patient()
-    mind_messages(SuperExec().wake)
+    superexec = start_ours()
+    mind_messages(lambda: superexec.send_signal(WORK))
     take_leave_late(Path(ONLINE).absolute())
     logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))
     if CERTIFICATE in os.environ:

@@ -197,7 +197,7 @@ class Supervisor:
     def _tie(self) -> None:
         """Start the leash, or start it anew where it was killed."""
         self._leash = subprocess.Popen(
-            [sys.executable, "-m", "deploy.leash", self._id],
+            [sys.executable, "-P", "-m", "deploy.leash", self._id],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

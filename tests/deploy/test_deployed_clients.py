@@ -269,6 +269,19 @@ def test_memory_that_runs_out_is_said_and_a_fresh_trainer_serves_the_next_messag
     assert "out of memory: " in federation.log("0")
 
 
+def test_a_client_whose_starter_of_apps_is_killed_takes_part(federation: Federation) -> None:
+    """Nothing but its SuperNode could see that it has gone."""
+    for k in CLIENTS:
+        federation.policy(k, "")
+    node = psutil.Process(federation.pid("0", "supernode"))
+    (starter,) = (one for one in node.children() if "deploy.superexec" in one.cmdline())
+    starter.kill()
+    config = Config().with_overrides(RUN | {"federation.rounds": 1, "federation.min-clients": 2})
+    run = finished(federation.submit("starter", config))
+    assert run.rounds()[-1]["clients"].keys() == {"0", "1"}
+    assert "The SuperExec has ended (status -9); starting it again" in federation.log("0")
+
+
 def test_a_client_on_another_base_is_refused(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +289,7 @@ def test_a_client_on_another_base_is_refused(
     federation.policy("0", "")
     monkeypatch.setenv(SOCKET, str(federation.folder / "state0" / "socket" / "trainer.sock"))
     monkeypatch.setenv(CLIENT, "0")
+    federation.policy("1", "")
     config = Config().with_overrides(RUN)
     model = resident_model(resident_task(config), config)
     start = to_arrays(model.initial_adapter(0).tensors())

@@ -130,7 +130,9 @@ def test_damaged_records_are_never_read_as_none(keys: Keys):
     keys.invite("a")
     path = keys.folder / "clients.json"
     whole = path.read_text()
-    for damaged in (whole[:50], '{"clients": [{"name": "a"}]}', "[]"):
+    no_key = json.loads(whole)
+    no_key["clients"][0]["node_key"] = "ecdsa-sha2-nistp384 AAAAbroken 2"
+    for damaged in (whole[:50], '{"clients": [{"name": "a"}]}', "[]", json.dumps(no_key)):
         path.write_text(damaged)
         with pytest.raises(ConfigError, match=r"clients\.json is damaged"):
             keys.clients()

@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from command_line import call
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest
@@ -261,7 +262,7 @@ def test_a_node_key_that_nobody_registered(server: RealServer, tmp_path: Path):
         )
     shutil.copy(server.keys.folder / "ca.crt", stranger.folder / "ca.crt")
     other = RealServer(server.path, server.config, stranger, server.process)
-    line = "(certificate: good; node: unknown)"
+    line = "(certificate: good; node: ?)"
     with server.logging(line), pytest.raises(httpx.HTTPStatusError, match="401"):
         activate(other, "alice")
     with pytest.raises(httpx.HTTPStatusError, match=r"4\d\d "):
@@ -321,6 +322,23 @@ def test_a_part_that_is_killed_comes_back(server: RealServer, part: str):
     until(back)
     assert pull(server, name, node_id) == 0  # the database remembers the node
     assert f"{part} was killed by signal 9; starting it again in 0.5 s" in server.log()
+
+
+def test_flowers_starter_of_apps_is_started_again(server: RealServer):
+    """Without it no run begins, and nothing else shows that."""
+
+    def superexecs() -> set[int]:
+        superlink = psutil.Process(server.parts()["superlink"]["pid"])
+        return {
+            one.pid
+            for one in superlink.children(recursive=True)
+            if any("flower-superexec" in word for word in one.cmdline())
+        }
+
+    (killed,) = until(superexecs)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: superexecs() - {killed})
+    assert "The SuperExec has ended (status -9); starting it again" in server.log()
 
 
 @pytest.mark.soak

@@ -28,7 +28,7 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from test_client_config import certificate
 
-from deploy import supernode
+from deploy import kept_superexec, supernode
 from deploy.keys import Keys
 from fedgraft.flower import WORK
 
@@ -53,24 +53,23 @@ def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(re.findall(r"\btime\.(\w+)\(", text)) == {"sleep"}
 
 
-def test_the_supernode_starts_our_superexec_and_wakes_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_supernode_starts_our_superexec(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loop takes nothing of `subprocess` but the start of flower-superexec."""
     monkeypatch.setattr(loop, "subprocess", loop.subprocess)
-    started = Mock()
-    monkeypatch.setattr(supernode.subprocess, "Popen", started)
-    superexec = supernode.SuperExec()
-    superexec.wake()  # nobody is there yet
+    started = Mock(return_value=Mock(wait=threading.Event().wait))  # it never ends
+    monkeypatch.setattr(kept_superexec.subprocess, "Popen", started)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
+        superexec = supernode.start_ours()
+        superexec.send_signal(WORK)  # nobody is there yet
         loop.subprocess.Popen(["flower-superexec", "--insecure"])
         # It inherits that the signal is kept until it is waited for.
         assert WORK in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    started.assert_called_once_with([sys.executable, "-m", "deploy.superexec", "--insecure"])
-    superexec.wake()
+    ours = [sys.executable, "-P", "-m", "deploy.superexec", "--insecure"]
+    started.assert_called_once_with(ours)
+    superexec.send_signal(WORK)
     started.return_value.send_signal.assert_called_once_with(WORK)
     text = Path(loop.__file__).read_text()
     assert re.findall(r"\bsubprocess\.(\w+)\(", text) == ["Popen"]
@@ -188,7 +187,7 @@ def test_a_supernode_whose_loop_has_ended_ends(
     """Though its web server's thread goes on."""
     for name in (
         *("wait_less", "ask_soon_for_objects", "be_patient"),
-        *("SuperExec", "mind_messages", "take_leave_late"),
+        *("start_ours", "mind_messages", "take_leave_late"),
     ):
         monkeypatch.setattr(supernode, name, Mock())
     monkeypatch.setattr(sys, "argv", [""])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -100,11 +101,20 @@ def test_nothing_that_the_supernode_left_in_its_folder_runs_as_root(folder: Path
     (folder / "ctypes.py").write_text("raise SystemExit(3)\n")
     (folder / "deploy").mkdir()
     (folder / "deploy" / "as_user.py").write_text("raise SystemExit(4)\n")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*as_user(NODE), "id", "-u"], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, f"{NODE}\n"), done.stderr
+    site = sysconfig.get_path("purelib", "posix_user", {"userbase": f"{folder}/.local"})
+    Path(site).mkdir(parents=True)
+    (Path(site) / "evil.pth").write_text("import sys; sys.exit(5)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    system = getattr(sys, "_base_executable", sys.executable)  # which looks into a user's site
+    for python in (sys.executable, system):
+        done = subprocess.run(
+            [python, *as_user(NODE)[1:], "id", "-u"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (0, f"{NODE}\n"), done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may start two users' processes")

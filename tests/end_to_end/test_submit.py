@@ -131,7 +131,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 def _start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    shown = [word for word in words[1:-1] if word != ">"]
+    shown = [word for word in words[1:-1] if word != "2>"]
     shown = [word for word in shown if not word.endswith(".log")]
     with (folder / "out").open("ab") as out:
         return subprocess.Popen(
