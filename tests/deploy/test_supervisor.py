@@ -203,7 +203,7 @@ def test_one_that_ignores_the_request_is_killed(tmp_path: Path):
 SCRIPT = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from test_supervisor import WAIT, part
 from deploy.merged_log import MergedLog
 from deploy.supervisor import Supervisor
