@@ -93,7 +93,7 @@ class Policy(Group):
         try:
             policy = cls.model_validate(unflatten(read_toml(path)))
         except ValidationError as error:
-            raise config_error(error, known_keys(cls), str(path)) from None
+            raise config_error(error, known_keys(cls), str(path), option=False) from None
         for base in policy.bases or ():
             if not _HASH.fullmatch(base):
                 raise ConfigError(

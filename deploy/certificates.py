@@ -6,14 +6,18 @@ are EC: P-256 for TLS, and P-384 for the node keys that Flower's SuperNodes sign
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -22,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -33,6 +38,7 @@ DAYS = 365
 """How long server and client certificates hold, unless told otherwise."""
 WARN_DAYS = 30
 """How long before a certificate expires everybody is warned of it."""
+_HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?", re.IGNORECASE)
 _SKEW = timedelta(minutes=10)
 """Certificates hold from this long before they are made: clocks differ."""
 
@@ -117,6 +123,20 @@ def node_public_text(key: ec.EllipticCurvePrivateKey, name: str) -> str:
     """Return a node's public key as `flwr supernode register` reads it: one line of OpenSSH."""
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     return f"{line} {name}"
+
+
+def node_header(path: Path) -> str:
+    """Return what a SuperNode with this private node key says of itself in a header.
+
+    Raises:
+        ConfigError: it is missing, may not be read or is no such key.
+    """
+    try:
+        key = load_ssh_private_key(read_key_file(path), None)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is no node key: {error}", _REMEDY) from None
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return base64.b64encode(public).decode()
 
 
 def key_bytes(key: ec.EllipticCurvePrivateKey, openssh: bool = False) -> bytes:
@@ -270,9 +290,10 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host.encode("idna").decode())
-    except UnicodeError:
-        raise ConfigError(
-            f"{host!r} is neither a host's name nor an address", "Write it like fl.example.org."
-        ) from None
+    with suppress(UnicodeError):
+        name = host.encode("idna").decode()
+        if _HOST.fullmatch(name):
+            return x509.DNSName(name)
+    raise ConfigError(
+        f"{host!r} is neither a host's name nor an address", "Write it like fl.example.org."
+    )

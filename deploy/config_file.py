@@ -106,7 +106,7 @@ class WithState(Group):
                     f"config key {first['loc'][0]} is missing in {path}",
                     f"Set it, or write an example with: {example}",
                 ) from None
-            raise config_error(error, known_keys(cls), str(path)) from None
+            raise config_error(error, known_keys(cls), str(path), option=False) from None
 
 
 def check_new(*files: Path) -> None:

@@ -10,9 +10,18 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
 from client.policy import Policy
 from client.resident.own import Own
-from deploy.certificates import WARN_DAYS, days_left, read_certificate, read_issued, read_key_file
+from deploy.certificates import (
+    WARN_DAYS,
+    days_left,
+    node_header,
+    read_certificate,
+    read_issued,
+    read_key_file,
+)
 from deploy.client_config import ClientConfig, user_and_group
 from deploy.findings import CONNECT_SECONDS, Finding, device, disk, tried, without_config, work
 from deploy.isolation import private_paths, readable
@@ -116,10 +125,15 @@ def _server_reached(client: ClientConfig) -> Iterable[Finding]:
         context.load_cert_chain(client.keys / "client.crt", client.keys / "client.key")
         asked = datetime.now(UTC)
         connection = HTTPSConnection(host, int(port), timeout=CONNECT_SECONDS, context=context)
-        connection.request("GET", "/")
+        # The gateway itself answers this: 401 where node key and certificate are not one client's.
+        node = {FLEET_HTTP_PUBLIC_KEY_HEADER: node_header(client.keys / "node")}
+        connection.request("GET", "/v1/fleet/", headers=node)
         answer = connection.getresponse()
         body = answer.read(1000).decode(errors="replace")
         connection.close()
+    except ConfigError as error:
+        yield Finding("server", "wrong", error.message, error.remedy)
+        return
     except ssl.SSLCertVerificationError as error:
         yield Finding(
             "server", "wrong", f"{client.server} is not who it should be: {error.verify_message}",
@@ -138,6 +152,12 @@ def _server_reached(client: ClientConfig) -> Iterable[Finding]:
         yield Finding(
             "server", "wrong", f"{client.server} refuses this client's certificate: {why}",
             "Ask the server's owner for new keys (fedgraft keys client).",
+        )  # fmt: skip
+    elif answer.status == 401:
+        yield Finding(
+            "server", "wrong", f"{client.server} does not know {client.keys / 'node'} as this "
+            "client's node key",
+            "Let `keys` be the folder that `fedgraft keys client` made, all of it, and the newest.",
         )  # fmt: skip
     else:
         yield Finding("server", "good", f"{client.server} lets this client in")

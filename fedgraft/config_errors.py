@@ -25,9 +25,22 @@ _OTHER_WORDS = {
 
 
 def config_error(
-    error: ValidationError, known: list[str], source: str = "", prefix: str = ""
+    error: ValidationError,
+    known: list[str],
+    source: str = "",
+    prefix: str = "",
+    *,
+    option: bool = True,
 ) -> ConfigError:
-    """Turn pydantic's first complaint into one sentence that names key, value and remedy."""
+    """Turn pydantic's first complaint into one sentence that names key, value and remedy.
+
+    Args:
+        error: the complaint.
+        known: all keys.
+        source: the file, if it comes from one.
+        prefix: of the keys in the complaint.
+        option: whether `--set` sets these keys, too.
+    """
     first = error.errors()[0]
     key = prefix + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
     where = f" in {source}" if source else ""
@@ -51,9 +64,10 @@ def config_error(
             f"config key {key}{where} is {found!r}, but it is a group of keys",
             f"Set one of {', '.join(keys)}.",
         )
+    how = f", in the file or with --set {key}=..." if option else "."
     return ConfigError(
         f"config key {key}{where} is {found!r}: {reason[0].lower()}{reason[1:]}",
-        f"Set {key} to a valid value, in the file or with --set {key}=...",
+        f"Set {key} to a valid value{how}",
     )
 
 

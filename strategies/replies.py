@@ -18,6 +18,7 @@ from fedgraft.errors import (
     LIFETIME,
     POLICY,
     BudgetSpentError,
+    ConfigError,
     RunError,
     UpdateError,
 )
@@ -106,6 +107,7 @@ class Training:
 
         Raises:
             RunError: they are not; every reason is told, with the clients that have it.
+            ConfigError: they are not, and every reason is a client's policy: it will not do better.
             BudgetSpentError: they are not, and every reason is a privacy budget.
         """
         if len(self.reports) >= least:
@@ -127,6 +129,13 @@ class Training:
             )
         diverged = bool(told) and all(DIVERGED in reason for reason in told)
         reasons = "; ".join(f"client {', '.join(names)}: {why}" for why, names in told.items())
+        if told and all(
+            why.startswith(f"{POLICY} {client}, ") for client, why in reasons_of.items()
+        ):
+            raise ConfigError(
+                f"{text} ({reasons})",
+                "Change the run's config, or let those clients change these clauses.",
+            )
         raise RunError(
             f"{text} ({reasons or 'no client was there to ask'})",
             "Lower train.lr or set train.grad-clip in a new run: a resume keeps both."

@@ -114,6 +114,32 @@ def test_a_straggler_is_left_behind_and_its_late_update_is_not_mixed_in(
     assert furthest(run.out / "adapter", here) <= 1e-5
 
 
+def test_a_third_of_the_clients_fails_in_every_round(
+    federation: RealFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one hangs in each round, and the two that answer go on."""
+    settings = {"federation.min-clients": 2, "federation.deadline": 20.0, "train.steps": 400}
+
+    def begun(round: int, name: str) -> int:
+        return federation.log(name).count(f"train, round {round} of run")
+
+    before = {name: begun(round, name) for round, name in enumerate(NAMES, 1)}
+    run = federation.submit("thirds", settings)
+    for round, name in enumerate(NAMES, 1):
+        until(lambda r=round, n=name: begun(r, n) > before[n], 120.0, f"{name} in round {round}")
+        federation.kill("trainer", name, signal.SIGSTOP)
+        try:
+            until(lambda r=round: len(run.rounds()) == r, 120.0, f"the end of round {round}")
+        finally:
+            federation.kill("trainer", name, signal.SIGCONT)
+    said = run.done()
+    reason = "no reply within the deadline"
+    assert [record["failed"] for record in run.rounds()] == [{name: reason} for name in NAMES], said
+    absent = frozenset(enumerate(NAMES, 1))
+    here = undisturbed(tmp_path / "here", monkeypatch, settings, absent)
+    assert furthest(run.out / "adapter", here) <= 1e-5
+
+
 def test_client_apps_that_fail_in_every_round_cost_time_alone(
     federation: RealFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

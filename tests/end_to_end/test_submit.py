@@ -203,6 +203,12 @@ def test_the_printed_lines_end_with_the_simulations_adapter_on_every_client(
     checked = json.loads(call("doctor", "--client", "client-0.toml", "--json").out)
     found = {finding["subject"]: finding for finding in checked["findings"]}
     assert checked["good"] and "lets this client in" in found["server"]["text"]
+    own, others = (folder / "KEYS" / "clients" / name / "node" for name in "01")
+    kept = own.read_bytes()
+    own.write_bytes(others.read_bytes())
+    mistaken = json.loads(call("doctor", "--client", "client-0.toml", "--json").out)
+    own.write_bytes(kept)
+    assert not mistaken["good"] and "as this client's node key" in str(mistaken["findings"])
     assert "260 training examples" in found["data"]["text"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_grid import NAMES, Answer, Client, FakeGrid, Seen, nodes, run
 
-from fedgraft.errors import BUDGET, BudgetSpentError, RunError
+from fedgraft.errors import BUDGET, BudgetSpentError, ConfigError, RunError
 from fedgraft.messages import Reply, TrainRequest
 from strategies.rounds import RoundOutcome
 
@@ -84,6 +84,21 @@ def test_a_lifetime_that_is_spent_is_an_end_too() -> None:
         with pytest.raises(RunError) as failed:
             run(grid=budgets(1, 1, 1, 1, reason=other), rounds=9)
         assert not isinstance(failed.value, BudgetSpentError)
+
+
+def test_policies_that_all_refuse_are_a_matter_of_the_config() -> None:
+    """Another try would do no better, as it might where one client has another reason."""
+    reasons = {name: f"policy of client {name}, tasks: digits is not allowed" for name in NAMES}
+
+    def grid() -> FakeGrid:
+        clients = {f"c{name}": Budgeted(name, reason=why) for name, why in reasons.items()}
+        return FakeGrid(nodes(**clients))
+
+    with pytest.raises(ConfigError, match=r"round 1: 0 usable updates.*policy of client 2, tasks"):
+        run(grid=grid(), rounds=2)
+    reasons["0"] = "the disk is full"
+    with pytest.raises(RunError, match="the disk is full"):
+        run(grid=grid(), rounds=2)
 
 
 def test_a_run_without_any_round_says_so() -> None:
