@@ -125,9 +125,10 @@ def _server_reached(client: ClientConfig) -> Iterable[Finding]:
         context.load_cert_chain(client.keys / "client.crt", client.keys / "client.key")
         asked = datetime.now(UTC)
         connection = HTTPSConnection(host, int(port), timeout=CONNECT_SECONDS, context=context)
-        # The gateway itself answers this: 401 where node key and certificate are not one client's.
+        # The gateway answers 401 where node key and certificate are not one client's; what it lets
+        # pass the SuperLink does not take, as nothing is in it.
         node = {FLEET_HTTP_PUBLIC_KEY_HEADER: node_header(client.keys / "node")}
-        connection.request("GET", "/v1/fleet/", headers=node)
+        connection.request("POST", "/v1/fleet/pull-messages", headers=node)
         answer = connection.getresponse()
         body = answer.read(1000).decode(errors="replace")
         connection.close()
@@ -158,6 +159,12 @@ def _server_reached(client: ClientConfig) -> Iterable[Finding]:
             "server", "wrong", f"{client.server} does not know {client.keys / 'node'} as this "
             "client's node key",
             "Let `keys` be the folder that `fedgraft keys client` made, all of it, and the newest.",
+        )  # fmt: skip
+    elif answer.status >= 500:
+        yield Finding(
+            "server", "wrong", f"{client.server} lets this client in, and has no SuperLink behind "
+            f"it just now ({answer.status})",
+            "Ask the server's owner to look: fedgraft status, fedgraft doctor --server.",
         )  # fmt: skip
     else:
         yield Finding("server", "good", f"{client.server} lets this client in")
