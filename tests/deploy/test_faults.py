@@ -118,7 +118,7 @@ def test_a_third_of_the_clients_fails_in_every_round(
     federation: RealFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another one hangs in each round, and the two that answer go on."""
-    settings = {"federation.min-clients": 2, "federation.deadline": 20.0, "train.steps": 400}
+    settings = {"federation.min-clients": 2, "federation.deadline": _DEADLINE, "train.steps": 200}
 
     def begun(round: int, name: str) -> int:
         return federation.log(name).count(f"train, round {round} of run")
