@@ -6,6 +6,7 @@ it no app starts any more, and everything else goes on as if nothing had happene
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+WORK = signal.SIGUSR1
+"""By which our SuperNode tells our SuperExec that there is something to do."""
 AGAIN_SECONDS = 1.0
 """Between its death and the next one's start."""
 
@@ -22,7 +25,7 @@ class KeptSuperExec:
     """The SuperExec of a SuperLink or a SuperNode, for as long as this process lives.
 
     Args:
-        module: Flower's, which starts it by `subprocess.Popen` and takes nothing else of that name.
+        module: Flower's, which starts it by `subprocess.Popen`.
         command: what to start in place of Flower's own command.
     """
 
@@ -31,9 +34,9 @@ class KeptSuperExec:
     ) -> None:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
-        names = ("Popen", "TimeoutExpired")
-        module.subprocess = SimpleNamespace(**{name: getattr(subprocess, name) for name in names})
-        module.subprocess.Popen = self._start
+        module.subprocess = SimpleNamespace(
+            Popen=self._start, TimeoutExpired=subprocess.TimeoutExpired
+        )
 
     def _start(self, words: list[str], **options: Any) -> subprocess.Popen[bytes]:
         command = self._command(words)

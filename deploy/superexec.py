@@ -21,8 +21,8 @@ from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 
+from deploy.kept_superexec import WORK
 from deploy.nursery import CLIENT_APP, Nursery
-from fedgraft.flower import WORK
 
 
 def take_from(nursery: Nursery) -> None:

@@ -37,8 +37,8 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from deploy.kept_superexec import KeptSuperExec
-from fedgraft.flower import WORK, ask_soon_for_objects
+from deploy.kept_superexec import WORK, KeptSuperExec
+from fedgraft.flower import ask_soon_for_objects
 
 CERTIFICATE, KEY = "FEDGRAFT_CLIENT_CERTIFICATE", "FEDGRAFT_CLIENT_KEY"
 """Environment variables with the paths of the client's certificate and its key."""

@@ -1,13 +1,13 @@
 """The parts of Flower that are not its public interface, isolated here, and its processes.
 
-Everything private that FedGraft touches is in this file, nodes.py and runs.py, each with a test,
-so that a new Flower release breaks one place and says so.
+Everything private that FedGraft touches is in this file, nodes.py and runs.py, and where it is of
+the deployed processes in deploy's launchers of them, each with a test, so that a new Flower release
+breaks one place and says so.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -34,8 +34,6 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 OBJECT_SECONDS = 0.05
 """How long to wait before a message's object is asked for again that was not there yet."""
-WORK = signal.SIGUSR1
-"""By which our SuperNode tells our SuperExec that there is something to do."""
 SERVER_NODE = 1
 """Node id of the server in an in-process federation; clients come after it."""
 

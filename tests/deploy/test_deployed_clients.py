@@ -248,13 +248,18 @@ def test_privacy_is_paid_over_all_runs_until_a_clients_policy_ends_it(
     assert "WARNING refused: policy of client 1, lifetime-epsilon" in federation.log("1")
 
 
-def test_memory_that_runs_out_is_said_and_a_fresh_trainer_serves_the_next_message(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hungry task asks torch for more than any machine has, which fills nothing."""
+@pytest.fixture
+def to_client_0(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the relay here lead to the first client's trainer, under a policy that allows all."""
     federation.policy("0", "")
     monkeypatch.setenv(SOCKET, str(federation.folder / "state0" / "socket" / "trainer.sock"))
     monkeypatch.setenv(CLIENT, "0")
+
+
+def test_memory_that_runs_out_is_said_and_a_fresh_trainer_serves_the_next_message(
+    federation: Federation, to_client_0: None
+) -> None:
+    """The hungry task asks torch for more than any machine has, which fills nothing."""
     config = Config().with_overrides(RUN)
     start = resident_model(resident_task(config), config).initial_adapter(0).tensors()
     content = TrainRequest(round=1, arrays=to_arrays(start)).encode()
@@ -282,14 +287,8 @@ def test_a_client_whose_starter_of_apps_is_killed_takes_part(federation: Federat
     assert "The SuperExec has ended (status -9); starting it again" in federation.log("0")
 
 
-def test_a_client_on_another_base_is_refused(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_on_another_base_is_refused(federation: Federation, to_client_0: None) -> None:
     """By the client itself, and by its policy where the server's is not on the list."""
-    federation.policy("0", "")
-    monkeypatch.setenv(SOCKET, str(federation.folder / "state0" / "socket" / "trainer.sock"))
-    monkeypatch.setenv(CLIENT, "0")
-    federation.policy("1", "")
     config = Config().with_overrides(RUN)
     model = resident_model(resident_task(config), config)
     start = to_arrays(model.initial_adapter(0).tensors())

@@ -18,7 +18,7 @@ from flwr.supercore.superexec.executor import subprocess_executor
 from waiting import alive, until
 
 from deploy import superexec
-from fedgraft.flower import WORK
+from deploy.kept_superexec import WORK
 
 SCRIPT = """
 import json, os, signal, sys, time

@@ -29,8 +29,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from test_client_config import certificate
 
 from deploy import kept_superexec, supernode
+from deploy.kept_superexec import WORK
 from deploy.keys import Keys
-from fedgraft.flower import WORK
 
 
 def test_the_supernodes_sleeps_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
