@@ -152,12 +152,12 @@ def test_pauses_grow_and_begin_anew_after_a_steady_time(
     monkeypatch.setattr(supervisor_module, "_FIRST_PAUSE", 0.02)
     monkeypatch.setattr(supervisor_module, "_LONGEST_PAUSE", 0.08)
     count = tmp_path / "count"
-    # dies at once, except that it stays 0.8 s the sixth time
+    # dies at once, except that it stays to be seen ready the first time, and steady the sixth
     code = (
         f"import time; c = Path({str(count)!r}); n = len(c.read_text()) if c.exists() else 0;"
-        "c.write_text('x' * (n + 1)); ready(); time.sleep(0.8 if n == 5 else 0.1)"
+        "c.write_text('x' * (n + 1)); ready(); time.sleep({0: 2.0, 5: 3.5}.get(n, 0.0))"
     )
-    monkeypatch.setattr(supervisor_module, "_STEADY_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor_module, "_STEADY_SECONDS", 3.0)
     with kept(tmp_path, part(tmp_path, "one", code)):
         until(lambda: log(tmp_path).count("starting it again") == 7)
     pauses = [
