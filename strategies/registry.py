@@ -77,7 +77,7 @@ def build_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     try:
         checked = cls.Options.model_validate(dict(options or {}))
     except ValidationError as error:
-        known = [f"strategy.{key}" for key in ("name", *option_names(name))]
+        known = [f"strategy.{option}" for option in option_names(name)]
         raise config_error(error, known, prefix="strategy.") from None
     rule = cls.build(checked)
     if isinstance(checked, SteppedOptions):
