@@ -59,6 +59,8 @@ class FakeRuns:
     apps: list[dict[str, Any]] = field(default_factory=list)
     stopped: list[int] = field(default_factory=list)
     away: bool = False
+    missed: threading.Event = field(default_factory=threading.Event)
+    """Set when it was asked while it was away."""
     threads: list[threading.Thread] = field(default_factory=list)
     ended: dict[int, str] = field(default_factory=dict)
     events: dict[int, threading.Event] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class FakeRuns:
 
     def get(self, run_id: int) -> FlowerRun:
         if self.away:
+            self.missed.set()
             raise AwayError("no server answers")
         outcome = self.ended.get(run_id, "")
         return FlowerRun(run_id, "finished" if outcome else "running", outcome, "why", 0, 0)
@@ -108,11 +111,23 @@ class Scene:
     runs: FakeRuns
     online: list[set[str]]
     said: list[str] = field(default_factory=list)
+    hear: Callable[[str], None] = lambda line: None
+    """Called with each line that is said, so that a test goes on when it has been said."""
 
     def submission(self, out: Path | None, **keys: Any) -> Submission:
-        settings = {"federation.min-clients": 2, "federation.deadline": 0.3} | keys
+        settings = {"federation.min-clients": 2, "federation.deadline": 60} | keys
         directory = prepare(Config().with_overrides(settings), out)
-        return Submission(self.server, directory.config(), directory, self.said.append)
+        return self.submission_of(directory)
+
+    def submission_of(self, directory: RunDirectory) -> Submission:
+        return Submission(self.server, directory.config(), directory, self._say)
+
+    def _say(self, line: str) -> None:
+        self.said.append(line)
+        self.hear(line)
+
+    def superlink_returns(self, line: str) -> None:
+        self.runs.away = False
 
 
 @pytest.fixture
@@ -199,7 +214,7 @@ def test_it_says_whom_it_waits_for_and_then_starts(scene: Any, tmp_path: Path) -
 def test_it_does_not_wait_for_ever(scene: Any, tmp_path: Path) -> None:
     here = scene(online=({"a"},))
     with pytest.raises(RunError, match=r"not there: b, c, within 0\.3 s"):
-        here.submission(tmp_path / "run").run()
+        here.submission(tmp_path / "run", **{"federation.deadline": 0.3}).run()
     assert here.runs.apps == []
 
 
@@ -207,12 +222,11 @@ def test_a_server_that_is_not_there_is_given_a_moment(
     scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = scene(finishes)
-    here.runs.away = True
-    threading.Timer(0.2, lambda: setattr(here.runs, "away", False)).start()
+    here.runs.away, here.hear = True, here.superlink_returns
     here.submission(tmp_path / "run").run()
     assert here.said == ["Waiting: the SuperLink does not answer"]
     monkeypatch.setattr(submission, "_SERVER_SECONDS", 0.1)
-    here.runs.away = True
+    here.runs.away, here.hear = True, lambda line: None
     with pytest.raises(RunError, match="does not answer"):
         here.submission(tmp_path / "other").run()
 
@@ -311,10 +325,10 @@ def test_a_superlink_that_is_away_is_waited_for(scene: Any, tmp_path: Path) -> N
     def loses_its_superlink(app: ServerApp) -> None:
         app.round(0)
         here.runs.away = True
-        time.sleep(0.2)
-        threading.Timer(0.3, lambda: setattr(here.runs, "away", False)).start()
+        assert here.runs.missed.wait(10)
 
     here = scene(loses_its_superlink, finishes)
+    here.hear = here.superlink_returns
     here.submission(tmp_path / "run").run(until_done=True)
     assert here.said[0].startswith("the ServerApp died (no server answers)")
     assert len(here.runs.apps) == 2
@@ -355,9 +369,8 @@ def test_a_run_that_is_at_work_is_followed(scene: Any, tmp_path: Path) -> None:
     first.start()
     while not one.directory.busy or RunsFolder(here.server).run_of(one.directory.path) is None:
         time.sleep(0.01)
-    second = Submission(here.server, one.config, one.directory, here.said.append)
-    threading.Timer(0.3, here.runs.events[1].set).start()
-    second.run()
+    here.hear = lambda line: here.runs.events[1].set()
+    here.submission_of(one.directory).run()
     first.join(10)
     assert len(here.runs.apps) == 1 and here.said == ["The run is at work already; following it"]
 
