@@ -101,6 +101,7 @@ def _run(file: Path, only: str | None) -> None:
     config = ClientConfig.load(file)
     if only != NODE:  # whose user may not read it
         Policy.load(config.policy)
+        config.check_data()
     house = config.house(only)
     check_starter(config, only)
     for other in (TRAINER, NODE) if only is None else (None,):

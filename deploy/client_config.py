@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import re
 from json import dumps
@@ -141,6 +142,20 @@ class ClientConfig(WithState):
             only: the one part that it runs; it then has that part's folder and no other.
         """
         return House({None: self.state, TRAINER: self.kept, NODE: self.node}[only], self.SIDE)
+
+    def check_data(self) -> None:
+        """Check that data of this client's own are there.
+
+        Raises:
+            ConfigError: they are not, or this user may not read them.
+        """
+        path = self.data.path
+        if path is not None and not os.access(path, os.R_OK):
+            there = os.path.lexists(path)
+            raise ConfigError(
+                f"data.path {path} {'cannot be read' if there else 'is not there'}",
+                "Let this user read it." if there else "Correct data.path, or mount what it is on.",
+            )
 
     def own(self) -> Own:
         """Return what the resident trainer works with."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+
+import grpc
 
 from client.resident.protocol import CLIENT, SOCKET
 from deploy import supernode
 from deploy.client_config import ClientConfig, user_and_group
 from deploy.config_file import NODE, TRAINER
+from deploy.health import greet
 from deploy.supervisor import Part, listens
 from fedgraft.flower import flower_environment, free_port
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "FEDGRAFT_TEST")
 """What the SuperNode's processes, which count as the server's, see of our own environment."""
+_SILENT_SECONDS, _ANSWER_SECONDS = 300.0, 20.0
+"""How long a part may not answer at all, and how long for one answer is waited."""
 _POLL_SECONDS = "2.0"  # between two questions of the SuperExec, which is told of work
 
 
@@ -43,12 +49,14 @@ def _trainer(config: ClientConfig, file: Path, takes_user: bool) -> Part:
             *as_user(config.trainer_user if takes_user else None),
             *(sys.executable, "-P", "-m", "deploy.trainer", str(file.resolve())),
         ],
-        ready=lambda: _answers(config.socket),
+        ready=lambda: _listens(config.socket),
         environment=environment,
         folder=config.kept,
         before=lambda: config.socket.unlink(missing_ok=True),
         stop_seconds=30.0,  # a step of training may take as long
         ready_seconds=180.0,
+        answers=lambda: _greets(config.socket),
+        silent_seconds=_SILENT_SECONDS,
     )
 
 
@@ -85,6 +93,8 @@ def _node(config: ClientConfig, takes_user: bool) -> Part:
         ready=listens(port),
         environment=environment,
         folder=config.node,
+        answers=lambda: _replies(port),
+        silent_seconds=_SILENT_SECONDS,
     )
 
 
@@ -99,7 +109,25 @@ def as_user(user: str | int | None) -> list[str]:
     return [sys.executable, "-P", "-s", "-m", "deploy.as_user", *map(str, user_and_group(user))]
 
 
-def _answers(path: Path) -> bool:
+def _greets(path: Path) -> bool:
+    """Whether the trainer says who it is, which it does while it trains, too."""
+    with suppress(grpc.RpcError):
+        greet(path, _ANSWER_SECONDS)
+        return True
+    return False
+
+
+def _replies(port: int) -> bool:
+    """Whether a SuperNode answers on the port of its ClientApps: "not found" is an answer."""
+    with closing(HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)) as connection:
+        with suppress(OSError, HTTPException):
+            connection.request("GET", "/")
+            connection.getresponse()
+            return True
+        return False
+
+
+def _listens(path: Path) -> bool:
     """Whether something accepts connections on a Unix socket."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.connect(str(path))

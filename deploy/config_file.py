@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, ValidationError
 
+from deploy.lock import open_strange
 from fedgraft.config import Group, known_keys
 from fedgraft.config_errors import config_error
 from fedgraft.errors import ConfigError
@@ -18,6 +19,8 @@ DEFAULT_GATEWAY = "127.0.0.1:9443"
 """Where the example server listens, and the example client looks for it."""
 TRAINER, NODE = "trainer", "supernode"
 """The two parts of a client."""
+_MOST_TOLD = 1 << 16
+"""Characters that a supervisor may have to say of its parts."""
 FilePath = Annotated[Path, Field(strict=False)]
 
 
@@ -51,7 +54,8 @@ class House:
     def running(self) -> dict[str, Any]:
         """Return what `parts` says; {} where nothing runs, or it is just being written."""
         try:
-            found = json.loads(self.parts.read_text())
+            with open_strange(self.parts) as file:
+                found = json.loads(file.read(_MOST_TOLD))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

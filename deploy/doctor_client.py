@@ -14,6 +14,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from client.policy import Policy
 from client.resident.own import Own
+from client.resident.protocol import check_socket
 from deploy.certificates import (
     WARN_DAYS,
     days_left,
@@ -24,7 +25,7 @@ from deploy.certificates import (
 )
 from deploy.client_config import ClientConfig, user_and_group
 from deploy.findings import CONNECT_SECONDS, Finding, device, disk, tried, without_config, work
-from deploy.isolation import private_paths, readable
+from deploy.isolation import private_paths, readable, trusted_paths, writable
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, FedGraftError
 from fedgraft.resident_model import resident_task
@@ -39,6 +40,7 @@ def examine_client(client: ClientConfig, against: Config | None) -> list[Finding
         *_client_certificates(client),
         *_server_reached(client),
         disk(client.state),
+        *tried("socket", lambda: _socket(client)),
         device(client.model.device),
         *tried("policy", lambda: _policy_read(client)),
         _two_users(client),
@@ -49,7 +51,7 @@ def examine_client(client: ClientConfig, against: Config | None) -> list[Finding
     config = against
     if config is None:
         if own.partition is None:
-            return [*findings, without_config()]
+            return [*findings, *tried("data", lambda: _data_there(client)), without_config()]
         config = Config().with_overrides({"federation.clients": own.partitions})
     else:
         asked = config
@@ -183,6 +185,16 @@ def _clock(date: str | None, asked: datetime) -> Iterable[Finding]:
         yield Finding("clock", "good", text)
 
 
+def _socket(client: ClientConfig) -> str:
+    check_socket(client.socket)
+    return f"{client.socket} is short enough"
+
+
+def _data_there(client: ClientConfig) -> str:
+    client.check_data()
+    return f"{client.data.path} can be read"
+
+
 def _policy_read(client: ClientConfig) -> str:
     Policy.load(client.policy)
     return f"{client.policy} can be read"
@@ -208,6 +220,7 @@ def _two_users(client: ClientConfig) -> Finding:
     try:
         uid, gid = user_and_group(client.node_user)
         open_to = readable(uid, gid, private_paths(client))
+        changeable = writable(uid, gid, trusted_paths(client))
     except FedGraftError as error:
         return Finding("two users", "wrong", error.message, error.remedy)
     if open_to:
@@ -215,4 +228,11 @@ def _two_users(client: ClientConfig) -> Finding:
             "two users", "wrong", f"node-user {client.node_user} can read {open_to[0]}",
             f"Take it away: chmod go= {open_to[0]}",
         )  # fmt: skip
-    return Finding("two users", "good", f"{client.node_user} can read nothing of this client's")
+    if changeable:
+        return Finding(
+            "two users", "wrong", f"node-user {client.node_user} can change {changeable[0]}",
+            f"Take it away: chmod go-w {changeable[0]}",
+        )  # fmt: skip
+    return Finding(
+        "two users", "good", f"{client.node_user} can read and change nothing of this client's"
+    )

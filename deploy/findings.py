@@ -58,11 +58,11 @@ def tried(subject: str, look: Callable[[], str], remedy: str = "") -> Iterable[F
 
 
 def without_config() -> Finding:
-    """Return that base, memory and data were not looked at."""
+    """Return that base and memory were not looked at, and data not looked into."""
     return Finding(
-        "base, memory and data",
+        "base and memory",
         "warning",
-        "not looked at: no run's config was named",
+        "not looked at, nor what is in the data: no run's config was named",
         "Name one: --against CONFIG.toml",
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 
 from client.resident.protocol import PROTOCOL, channel
-from client.resident.trainer_pb2 import Greeting
+from client.resident.trainer_pb2 import Greeting, Welcome
 from client.resident.trainer_pb2_grpc import ResidentTrainerStub
 from deploy.client_config import ClientConfig
 from deploy.config_file import NODE, TRAINER, House
@@ -71,6 +71,18 @@ def client_health(client: ClientConfig) -> list[Health]:
     return [_greeted(client) if one.part == TRAINER and one.good else one for one in found]
 
 
+def greet(socket: Path, seconds: float) -> Welcome:
+    """Ask a trainer who it is, as a ClientApp does; it says so while it trains, too.
+
+    Raises:
+        grpc.RpcError: it does not answer within so many seconds.
+    """
+    with channel(socket) as connection:
+        greeting = Greeting(protocol=PROTOCOL, fedgraft=__version__)
+        there: Welcome = ResidentTrainerStub(connection).Greet(greeting, timeout=seconds)
+        return there
+
+
 def _supervised(house: House) -> list[Health]:
     """Return what a supervisor says of its parts, or that it does not run."""
     pid, told = holder(house.lock), house.running()
@@ -95,11 +107,9 @@ def _speaks_tls(one: Health, host: str, port: int, authority: Path) -> Health:
 
 
 def _greeted(client: ClientConfig) -> Health:
-    """Ask the trainer who it is, as a ClientApp does."""
+    """Ask the trainer how it is."""
     try:
-        with channel(client.socket) as connection:
-            greeting = Greeting(protocol=PROTOCOL, fedgraft=__version__)
-            there = ResidentTrainerStub(connection).Greet(greeting, timeout=_SECONDS)
+        there = greet(client.socket, _SECONDS)
     except grpc.RpcError as error:
         return Health(TRAINER, False, f"it does not answer: {error.code().name}")
     if (there.protocol, there.fedgraft) != (PROTOCOL, __version__):

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from fedgraft.files import disk_errors
 
 NODE_KEYS = ("ca.crt", "client.crt", "client.key", "node")
 """What the SuperNode needs of the client's keys."""
+_PACKAGES = ("fedgraft", "strategies", "client", "deploy")
+"""The code that the trainer runs."""
 _LOOKED_INTO = 1000  # files of a folder of data
 
 
@@ -58,8 +62,8 @@ def prepare(config: ClientConfig, only: str | None = None) -> None:
         only: the one part that is started; nothing of the other's is touched.
 
     Raises:
-        ConfigError: one of the users cannot do its work, or the SuperNode's can read what it must
-            not.
+        ConfigError: one of the users cannot do its work, or the SuperNode's can read or change
+            what it must not.
         RunError: a folder cannot be made.
     """
     folders = {TRAINER: [config.kept, config.socket.parent], NODE: [config.node]}
@@ -103,12 +107,15 @@ def _prepare_one(config: ClientConfig, only: str) -> None:
     """Do for one part, as its user, what `prepare` does for both as root.
 
     Raises:
-        ConfigError: this user cannot do its work, or can read what it must not.
+        ConfigError: this user cannot do its work, or can read or change what it must not.
     """
     if only == NODE:
-        open_to = [path for path in private_paths(config, keys=False) if os.access(path, os.R_OK)]
-        if open_to:
-            raise _too_open(config, open_to[0])
+        for path in private_paths(config, keys=False):
+            if os.access(path, os.R_OK):
+                raise _too_open(config, path)
+        for path in trusted_paths(config):
+            if os.access(path, os.W_OK):
+                raise _unprotected(config, path)
         return
     for path in _needed(config):
         if not os.access(path, os.R_OK):
@@ -153,6 +160,8 @@ def copy_keys(source: Path, target: Path, group: int) -> None:
 def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]) -> None:
     if open_to := readable(*node, private_paths(config)):
         raise _too_open(config, open_to[0])
+    if open_to := writable(*node, trusted_paths(config)):
+        raise _unprotected(config, open_to[0])
     needed = _needed(config)
     can = readable(*trainer, needed)
     if missing := [path for path in needed if path not in can]:
@@ -174,6 +183,13 @@ def _too_open(config: ClientConfig, path: Path) -> ConfigError:
     return ConfigError(
         f"node-user {config.node_user} can read {path}, and with it the server's code",
         f"Take it away: chown {config.trainer_user} {path}; chmod go= {path}",
+    )
+
+
+def _unprotected(config: ClientConfig, path: Path) -> ConfigError:
+    return ConfigError(
+        f"node-user {config.node_user} can change {path}, and with it the server's code",
+        f"Take it away: chown root {path}; chmod go-w {path}",
     )
 
 
@@ -199,6 +215,14 @@ def private_paths(config: ClientConfig, keys: bool = True) -> list[Path]:
     return paths
 
 
+def trusted_paths(config: ClientConfig) -> list[Path]:
+    """Return what the SuperNode's user must not be able to change: policy, data, code that runs."""
+    places = [import_module(name).__path__[0] for name in _PACKAGES]
+    code = [sys.executable, sysconfig.get_path("purelib"), *places]
+    data = [] if config.data.path is None else [config.data.path]
+    return [config.policy, config.policy.parent, *data, *map(Path, code)]
+
+
 def _below(folder: Path) -> Iterator[Path]:
     """Yield what lies below a folder; nothing where this user may not look."""
     with suppress(PermissionError):
@@ -207,13 +231,22 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def readable(uid: int, gid: int, paths: Iterable[Path]) -> list[Path]:
     """Return those of some paths that a user can read, asked as that user; by root only."""
+    return _allowed(uid, gid, paths, os.R_OK)
+
+
+def writable(uid: int, gid: int, paths: Iterable[Path]) -> list[Path]:
+    """Return those of some paths that a user can change, asked as that user; by root only."""
+    return _allowed(uid, gid, paths, os.W_OK)
+
+
+def _allowed(uid: int, gid: int, paths: Iterable[Path], how: int) -> list[Path]:
     asked = list(paths)
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             become(uid, gid)
-            found = [number for number, path in enumerate(asked) if os.access(path, os.R_OK)]
+            found = [number for number, path in enumerate(asked) if os.access(path, how)]
             with os.fdopen(into, "w") as file:
                 json.dump(found, file)
         finally:

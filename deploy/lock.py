@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from fedgraft.errors import ConfigError
 from fedgraft.files import disk_errors
+
+_LONGEST_ID = 32
 
 
 @contextmanager
@@ -48,16 +53,31 @@ def holder(path: Path) -> int | None:
         PermissionError: this user may not look.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+        with open_strange(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read(_LONGEST_ID) or 0) or None
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # there is none, or something else in its place
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(path.read_text().strip() or 0) or None
-    finally:
-        os.close(descriptor)
     return None
+
+
+def open_strange(path: Path) -> TextIO:
+    """Open a file to read it where another user could have put anything in its place.
+
+    A link is not followed, and a pipe does not hold us up.
+
+    Raises:
+        OSError: there is no file, or this user may not read it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return os.fdopen(descriptor)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from fedgraft.errors import ConfigError
 from fedgraft.run_directory import PLAN_FILE, RunDirectory
 from fedgraft.settings import read_toml
+from server.progress import FAILED, ProgressReader
 from server.statistics import (
     Comparison,
     build_comparison,
@@ -211,7 +212,8 @@ def _read_run(folder: Path, name: str, source: str) -> Run:
     if not directory.summary_file.is_file():
         if directory.rounds_file.is_file():
             raise ConfigError(
-                f"{folder} holds a run that has not finished: summary.json is missing",
+                f"{folder} holds a run that has not finished{_failure_of(directory)}: "
+                "summary.json is missing",
                 f"Finish it with {directory.resume_command()}.",
             )
         raise ConfigError(
@@ -248,6 +250,13 @@ def _read_object(file: Path, keys: Sequence[str]) -> dict[str, Any]:
         )
     found: dict[str, Any] = content
     return found
+
+
+def _failure_of(directory: RunDirectory) -> str:
+    """Return in brackets what a run failed of, if that is the last thing it told."""
+    events = ProgressReader.of_session(directory.progress).events()
+    failed = bool(events) and events[-1]["event"] == FAILED
+    return f" (it failed: {events[-1]['message']})" if failed else ""
 
 
 def _with_unique_labels(runs: list[Run]) -> list[Run]:

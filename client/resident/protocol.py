@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
+
+from fedgraft.errors import ConfigError
 
 PROTOCOL = 1
 """Counted up with every change of trainer.proto that an older side would misread."""
@@ -17,7 +20,7 @@ KINDS = ("query.hello", "train", "evaluate", "query.spent", "query.adapter")
 LARGEST_MESSAGE = 512 * 2**20
 """Bytes of one order or result: an adapter of 200 MiB with as much beside it fits."""
 _RECONNECT_MILLISECONDS = (("initial", 50), ("min", 50), ("max", 250))
-LONGEST_SOCKET_PATH = 100
+_LONGEST_SOCKET_PATH = 100
 """Bytes of a Unix socket's path; systems allow 104 to 108."""
 
 
@@ -32,8 +35,21 @@ def options() -> list[tuple[str, int]]:
 
 
 def address(socket: Path) -> str:
-    """Return gRPC's name of a Unix socket."""
-    return f"unix:{socket}"
+    """Return gRPC's name of a Unix socket: a URI, in which # and ? would end the path."""
+    return f"unix:{quote(str(socket))}"
+
+
+def check_socket(socket: Path) -> None:
+    """Check that a Unix socket may have this path.
+
+    Raises:
+        ConfigError: it is too long.
+    """
+    if len(bytes(socket)) > _LONGEST_SOCKET_PATH:
+        raise ConfigError(
+            f"the socket's path {socket} is longer than {_LONGEST_SOCKET_PATH} bytes",
+            "Let `state` be a folder with a shorter path.",
+        )
 
 
 def channel(socket: Path) -> grpc.Channel:

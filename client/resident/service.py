@@ -10,11 +10,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from client.resident import trainer_pb2_grpc
-from client.resident.protocol import LONGEST_SOCKET_PATH, PROTOCOL, address, options
+from client.resident.protocol import PROTOCOL, address, check_socket, options
 from client.resident.trainer_pb2 import DESCRIPTOR, Greeting, Order, Result, Welcome
 from client.resident.worker import BusyError, Worker
 from fedgraft import __version__
-from fedgraft.errors import ConfigError, RunError
+from fedgraft.errors import RunError
 from fedgraft.messages import HELLO
 from fedgraft.resident_model import resident_base
 
@@ -77,11 +77,7 @@ def start(worker: Worker, socket: Path, everybody: bool = False) -> grpc.Server:
         ConfigError: the path is too long for a socket.
         RunError: the socket cannot be made.
     """
-    if len(bytes(socket)) > LONGEST_SOCKET_PATH:
-        raise ConfigError(
-            f"the socket's path {socket} is longer than {LONGEST_SOCKET_PATH} bytes",
-            "Let `state` be a folder with a shorter path.",
-        )
+    check_socket(socket)
     server = grpc.server(ThreadPoolExecutor(_CALLERS), options=options())
     trainer_pb2_grpc.add_ResidentTrainerServicer_to_server(Service(worker), server)
     told = health.HealthServicer()

@@ -88,8 +88,7 @@ class Worker:
                 self._unload()
             elif job is not None:
                 self._answer(job)
-                if job.answer is not None and job.answer.out_of_memory:
-                    self.stop()
+                if _exhausted(job):
                     return True
 
     def stop(self) -> None:
@@ -107,6 +106,8 @@ class Worker:
         finally:
             with self._changed:
                 self._job = None
+                if _exhausted(job):  # in the same breath: nobody is let in who would wait for ever
+                    self._stopping = True
                 self._changed.notify_all()
             job.done.set()
 
@@ -114,3 +115,8 @@ class Worker:
         if resident_base():
             let_go()
             log.info("base and data let go after %g s without an order", self._idle_seconds)
+
+
+def _exhausted(job: Job) -> bool:
+    """Whether memory ran out, so that a new process should take over."""
+    return job.answer is not None and job.answer.out_of_memory

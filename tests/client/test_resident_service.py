@@ -26,6 +26,7 @@ from client.resident.orders import encode
 from client.resident.protocol import CLIENT, PROTOCOL, SOCKET, address, channel
 from client.resident.trainer_pb2 import Greeting, Order, Welcome
 from client.resident.trainer_pb2_grpc import ResidentTrainerStub
+from client.resident.worker import BusyError
 from fedgraft import __version__
 from fedgraft.adapter import Tensors, digest, from_arrays
 from fedgraft.config import RUN_CONFIG_KEY, Config
@@ -75,6 +76,13 @@ def test_it_says_who_and_how_it_is(echo: Echo, tmp_path: Path) -> None:
             assert told.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_a_path_may_hold_what_has_a_meaning_in_a_uri(echo: Echo, tmp_path: Path) -> None:
+    folder = tmp_path / "a #?%20b"
+    folder.mkdir()
+    with listening(echo, folder / "s"), channel(folder / "s") as connection:
+        assert ResidentTrainerStub(connection).Greet(Greeting()).client == "north"
+
+
 def test_an_adapter_of_200_megabytes_passes_both_ways(echo: Echo, tmp_path: Path) -> None:
     large = bytes(200 * 2**20)  # 200 MiB
     with listening(echo, tmp_path / "s"), channel(tmp_path / "s") as connection:
@@ -113,16 +121,27 @@ def test_one_order_at_a_time_and_none_for_a_caller_that_left(echo: Echo, tmp_pat
         until(lambda: not worker.busy)
 
 
-def test_after_memory_has_run_out_a_new_process_is_asked_for(echo: Echo, tmp_path: Path) -> None:
+def test_after_memory_has_run_out_a_new_process_is_asked_for(
+    echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with listening(echo, tmp_path / "s") as worker, channel(tmp_path / "s") as connection:
         with ThreadPoolExecutor(1) as pool:
             worker.stop()
             until(lambda: not worker.busy)
             fresh = service.Worker(echo, 60.0)
-            ended = pool.submit(fresh.work)
             job = fresh.submit(empty("full"))
+            refused: list[bool] = []
+
+            def enter() -> None:  # in the very moment in which the order is done
+                with pytest.raises(BusyError):
+                    fresh.submit(empty("train"))
+                refused.append(True)
+                threading.Event.set(job.done)
+
+            monkeypatch.setattr(job.done, "set", enter)
+            ended = pool.submit(fresh.work)
             assert job.done.wait(20) and job.answer is not None
-            assert ended.result(20) is True
+            assert ended.result(20) is True and refused
         with pytest.raises(grpc.RpcError) as caught:
             ResidentTrainerStub(connection).Work(empty("train"))
         assert caught.value.code() == grpc.StatusCode.ABORTED

@@ -126,6 +126,24 @@ def test_a_policy_that_forbids_the_run_and_a_base_that_is_not_on_its_list(folder
     assert "largest-rank" in wrong(examine_client(client_of(folder), None))["policy"].remedy
 
 
+def test_own_data_are_looked_for_without_a_runs_config(folder: Path) -> None:
+    file = folder / "client.toml"
+    own = file.read_text().replace("partition = 1\npartitions = 3\n", 'path = "rows.jsonl"\n')
+    file.write_text(own)
+    found = wrong(examine_client(client_of(folder), None))
+    assert found["data"].text == f"data.path {folder / 'rows.jsonl'} is not there"
+    (folder / "rows.jsonl").touch()
+    found = {one.subject: one for one in examine_client(client_of(folder), None)}
+    assert found["data"].verdict == "good" and found["base and memory"].verdict == "warning"
+
+
+def test_a_state_folder_too_deep_for_a_socket(folder: Path) -> None:
+    file = folder / "client.toml"
+    file.write_text(file.read_text().replace('"client-state"', f'"{"deep/" * 20}state"'))
+    found = wrong(examine_client(client_of(folder), None))
+    assert "longer than 100 bytes" in found["socket"].text
+
+
 def test_a_federation_of_another_size(folder: Path) -> None:
     run = RUN.with_overrides({"federation.clients": 2, "federation.partition": "iid"})
     found = wrong(examine_client(client_of(folder), run))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.config_file import House
 from deploy.lock import holder, only_one
 from fedgraft.errors import ConfigError
 
@@ -34,3 +36,23 @@ def test_the_second_is_told_who_is_the_first_and_a_dead_one_holds_nothing(tmp_pa
         assert holder(path) == os.getpid()
         assert path.read_text() == f"{os.getpid()}\n"
     assert holder(path) is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "nonsense"])
+def test_what_another_user_put_in_its_place_is_no_holder(kind: str, tmp_path: Path):
+    house = House(tmp_path, "client")
+    (tmp_path / "elsewhere").write_text('{"trainer": {"ready": true}}')
+    for path in (house.lock, house.parts):
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to(tmp_path / "elsewhere")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.write_text("no number, no JSON")
+    assert holder(house.lock) is None and house.running() == {}
+    if kind == "nonsense":
+        with house.lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert holder(house.lock) is None

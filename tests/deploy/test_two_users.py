@@ -19,6 +19,7 @@ import pytest
 
 from deploy.client_config import ClientConfig
 from deploy.client_parts import as_user
+from deploy.doctor_client import _two_users
 from deploy.isolation import NODE_KEYS, check_starter, copy_keys, prepare, readable
 from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
@@ -71,6 +72,34 @@ def test_the_folders_are_each_for_who_may_use_them(folder: Path, monkeypatch: py
 def test_what_the_supernode_could_read_is_named(name: str, folder: Path):
     (folder / name).chmod(0o644)
     with pytest.raises(ConfigError, match=f"node-user {NODE} can read .*{name}"):
+        prepare(ClientConfig.load(folder / "client.toml"))
+
+
+@root
+def test_what_the_supernode_could_change_is_named(folder: Path):
+    config = ClientConfig.load(folder / "client.toml")
+    (folder / "policy.toml").chmod(0o602)
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can change .*policy.toml") as caught:
+        prepare(config)
+    assert f"chmod go-w {folder / 'policy.toml'}" in caught.value.remedy
+    assert _two_users(config).text == f"node-user {NODE} can change {folder / 'policy.toml'}"
+    said = _as_user(NODE, [], lambda: prepare(config, "supernode"))
+    assert said.startswith(f"node-user {NODE} can change {folder / 'policy.toml'}")
+    (folder / "policy.toml").chmod(0o600)
+    folder.chmod(0o757)  # who may not write the file could put another in its place
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can change {folder},"):
+        prepare(config)
+
+
+@root
+@pytest.mark.parametrize("package", ["deploy", "client", "fedgraft", "strategies"])
+def test_code_that_the_supernode_could_change_is_named(
+    package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (folder / package).mkdir(0o700)
+    os.chown(folder / package, NODE, NODE)
+    monkeypatch.setattr(sys.modules[package], "__path__", [str(folder / package)])
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can change {folder / package}"):
         prepare(ClientConfig.load(folder / "client.toml"))
 
 

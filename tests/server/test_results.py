@@ -14,6 +14,7 @@ from synthetic_runs import write_comparison, write_run
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError
 from server.guarantee import guarantee
+from server.progress import FAILED, START, ProgressWriter
 from server.report import render
 from server.report_sections import incidents
 from server.results import read_results
@@ -124,6 +125,14 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path) -> None:
         read_results([tmp_path / "run"])
     command = f"fedgraft submit --resume {tmp_path / 'run'} --to server.toml --until-done"
     assert command in caught.value.remedy
+    progress = ProgressWriter(tmp_path / "run" / "progress.jsonl")
+    progress.write(FAILED, message="client a: policy: largest-rank is 4", remedy="", status=2)
+    with pytest.raises(ConfigError, match=r"\(it failed: client a: policy: largest-rank is 4\)"):
+        read_results([tmp_path / "run"])
+    progress.write(START, round=0)
+    progress.close()
+    with pytest.raises(ConfigError, match="has not finished: summary"):
+        read_results([tmp_path / "run"])
 
 
 def deploy(run: Path) -> None:
