@@ -33,7 +33,8 @@ for line in sys.stdin:
     elif what == "grow":
         kept.append(bytearray(os.urandom(1)) * (32 * 2**20))
     elif what == "start":
-        kept.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        apart = dict(stdout=subprocess.DEVNULL, start_new_session=True)  # our pipe is not its own
+        kept.append(subprocess.Popen(["sleep", "60"], **apart))
     elif what == "zombie":
         kept.append(subprocess.Popen(["true"]))
         os.waitid(os.P_PID, kept[-1].pid, os.WEXITED | os.WNOWAIT)
