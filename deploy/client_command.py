@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from deploy.config_file import DEFAULT_GATEWAY, NODE, TRAINER
 
@@ -41,6 +42,11 @@ def client(
     """
     if (file is None) == (init is None):
         raise click.UsageError("Name a file with --config, or write one with --init.")
+    context = click.get_current_context()
+    for name in ("only",) if file is None else ("keys", "server", "partition", "partitions"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            goes = "--config" if file is None else "--init"
+            raise click.UsageError(f"--{name} goes with {goes}: a client runs as its file says.")
     if init is not None:
         _write(init, keys, server, partition, partitions)
     elif file is not None:
@@ -61,8 +67,9 @@ def _write(
     base = "" if partition is None else _digits_base()
     made = {"partition": partition, "partitions": partitions, "base_hash": base}
     policy = write_example(path, keys, server=server, **made)  # type: ignore[arg-type]
-    ClientConfig.load(path)
-    click.echo(f"wrote {path} and {policy}; start it with: fedgraft client --config {path}")
+    data = ClientConfig.load(path).data.path
+    first = f"name your data in it ({data} for now), then " if data is not None else ""
+    click.echo(f"wrote {path} and {policy}; {first}start it with: fedgraft client --config {path}")
 
 
 def _check_free(lock: Path) -> None:
@@ -101,7 +108,6 @@ def _run(file: Path, only: str | None) -> None:
     config = ClientConfig.load(file)
     if only != NODE:  # whose user may not read it
         Policy.load(config.policy)
-        config.check_data()
     house = config.house(only)
     check_starter(config, only)
     for other in (TRAINER, NODE) if only is None else (None,):
@@ -116,6 +122,8 @@ def _run(file: Path, only: str | None) -> None:
                     "trainer and SuperNode are one Unix user: a hostile server's code could read "
                     "this client's data (trainer-user, node-user)",
                 )
+            if only != NODE and config.data_missing:
+                log.write(OWN, f"data.path {config.data.path} is not there: no run can use it yet")
             who = f"client {config.client}" if only is None else f"{only} of {config.client}"
             ready = f"{who} is ready; its server is {config.server}"
             supervisor = Supervisor(parts(config, file, only), log, house.parts)

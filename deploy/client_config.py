@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from client.policy import EXAMPLE as POLICY
 from client.resident.own import Own
@@ -97,6 +97,7 @@ class ClientConfig(WithState):
     node_user: str | int | None = None
     data: DataConfig = DataConfig()
     model: BaseConfig = BaseConfig()
+    _file: Path | None = PrivateAttr(default=None)
 
     @property
     def client(self) -> str:
@@ -143,19 +144,15 @@ class ClientConfig(WithState):
         """
         return House({None: self.state, TRAINER: self.kept, NODE: self.node}[only], self.SIDE)
 
-    def check_data(self) -> None:
-        """Check that data of this client's own are there.
+    @property
+    def data_missing(self) -> bool:
+        """Whether data of this client's own are not there, or not yet: a late mount, say."""
+        return self.data.path is not None and not os.path.lexists(self.data.path)
 
-        Raises:
-            ConfigError: they are not, or this user may not read them.
-        """
-        path = self.data.path
-        if path is not None and not os.access(path, os.R_OK):
-            there = os.path.lexists(path)
-            raise ConfigError(
-                f"data.path {path} {'cannot be read' if there else 'is not there'}",
-                "Let this user read it." if there else "Correct data.path, or mount what it is on.",
-            )
+    @property
+    def file(self) -> Path | None:
+        """The file that this was read from."""
+        return self._file
 
     def own(self) -> Own:
         """Return what the resident trainer works with."""
@@ -193,7 +190,9 @@ class ClientConfig(WithState):
             data = data.model_copy(update={"path": folder / data.path.expanduser()})
         if model.base is not None and (folder / model.base).exists():
             model = model.model_copy(update={"base": str(folder / model.base)})
-        return read.model_copy(update={**paths, "data": data, "model": model})
+        loaded = read.model_copy(update={**paths, "data": data, "model": model})
+        loaded._file = path.absolute()
+        return loaded
 
 
 def user_and_group(user: str | int) -> tuple[int, int]:

@@ -23,9 +23,18 @@ from deploy.certificates import (
     read_issued,
     read_key_file,
 )
-from deploy.client_config import ClientConfig, user_and_group
-from deploy.findings import CONNECT_SECONDS, Finding, device, disk, tried, without_config, work
-from deploy.isolation import private_paths, readable, trusted_paths, writable
+from deploy.client_config import ClientConfig
+from deploy.findings import (
+    CONNECT_SECONDS,
+    Finding,
+    allow,
+    device,
+    disk,
+    tried,
+    without_config,
+    work,
+)
+from deploy.isolation import StrangerError, check_users
 from fedgraft.config import Config
 from fedgraft.errors import ConfigError, FedGraftError
 from fedgraft.resident_model import resident_task
@@ -45,13 +54,14 @@ def examine_client(client: ClientConfig, against: Config | None) -> list[Finding
         *tried("policy", lambda: _policy_read(client)),
         _two_users(client),
     ]
+    missing = list(_data_out_of_reach(client))
     own = _own(client)
-    if own is None:
-        return findings
+    if own is None or missing:
+        return [*findings, *missing]
     config = against
     if config is None:
-        if own.partition is None:
-            return [*findings, *tried("data", lambda: _data_there(client)), without_config()]
+        if own.partition is None or own.data is not None:  # what it is for, only a run says
+            return [*findings, without_config()]
         config = Config().with_overrides({"federation.clients": own.partitions})
     else:
         asked = config
@@ -99,8 +109,12 @@ def _client_certificates(client: ClientConfig) -> Iterable[Finding]:
     except FedGraftError as error:
         yield Finding("certificates", "wrong", error.message, error.remedy)
         return
-    ask = f"Ask the server's owner: fedgraft keys client {client.client} --renew"
-    for name, certificate in (("this client's", issued), ("the CA's", authority)):
+    renew = f"Ask the server's owner: fedgraft keys client {client.client} --renew"
+    anew = "Ask the server's owner for new keys: all are made anew (fedgraft keys init)."
+    for name, certificate, ask in (
+        ("this client's", issued, renew),
+        ("the CA's", authority, anew),
+    ):
         left, end = days_left(certificate), certificate.not_valid_after_utc.date()
         if left < 0:
             yield Finding("certificates", "wrong", f"{name} expired on {end}", ask)
@@ -190,9 +204,15 @@ def _socket(client: ClientConfig) -> str:
     return f"{client.socket} is short enough"
 
 
-def _data_there(client: ClientConfig) -> str:
-    client.check_data()
-    return f"{client.data.path} can be read"
+def _data_out_of_reach(client: ClientConfig) -> Iterable[Finding]:
+    path = client.data.path
+    if client.data_missing:
+        yield Finding(
+            "data", "wrong", f"data.path {path} is not there",
+            "Correct data.path, or mount what it is on.",
+        )  # fmt: skip
+    elif path is not None and not client.two_users and not os.access(path, os.R_OK):
+        yield Finding("data", "wrong", f"data.path {path} cannot be read", f"Let it: {allow(path)}")
 
 
 def _policy_read(client: ClientConfig) -> str:
@@ -214,25 +234,12 @@ def _two_users(client: ClientConfig) -> Finding:
             "this client's data, policy and ledger",
             "Make two users and name them as trainer-user and node-user (docs/client.md).",
         )
-    if os.geteuid() != 0:
-        return Finding("two users", "warning", "only root can tell what they can read")
-    assert client.node_user is not None
     try:
-        uid, gid = user_and_group(client.node_user)
-        open_to = readable(uid, gid, private_paths(client))
-        changeable = writable(uid, gid, trusted_paths(client))
-    except FedGraftError as error:
+        check_users(client)
+    except StrangerError as error:
+        return Finding("two users", "warning", error.message, error.remedy)
+    except ConfigError as error:
         return Finding("two users", "wrong", error.message, error.remedy)
-    if open_to:
-        return Finding(
-            "two users", "wrong", f"node-user {client.node_user} can read {open_to[0]}",
-            f"Take it away: chmod go= {open_to[0]}",
-        )  # fmt: skip
-    if changeable:
-        return Finding(
-            "two users", "wrong", f"node-user {client.node_user} can change {changeable[0]}",
-            f"Take it away: chmod go-w {changeable[0]}",
-        )  # fmt: skip
     return Finding(
         "two users", "good", f"{client.node_user} can read and change nothing of this client's"
     )

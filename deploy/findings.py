@@ -73,9 +73,7 @@ def disk(state: Path) -> Finding:
     while not there.exists():
         there = there.parent
     if not os.access(there, os.W_OK):
-        return Finding(
-            "disk", "wrong", f"{there} may not be written to", f"Let it: {_chown(there)}"
-        )
+        return Finding("disk", "wrong", f"{there} may not be written to", f"Let it: {allow(there)}")
     free = shutil.disk_usage(there).free
     text = f"{_size(free)} free where {state} lies"
     if free < LEAST_DISK:
@@ -133,5 +131,6 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-def _chown(path: Path) -> str:
+def allow(path: Path) -> str:
+    """Return what gives a path to this user."""
     return f"chown {os.getuid()} {path}"

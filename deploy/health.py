@@ -23,6 +23,7 @@ from deploy.lock import holder
 from deploy.server_config import ServerConfig
 from fedgraft import __version__
 
+SUPERVISOR = "supervisor"
 _PARTS = ("superlink", "gateway", TRAINER, NODE)
 _SECONDS = 5.0
 
@@ -61,11 +62,17 @@ def client_health(client: ClientConfig) -> list[Health]:
     Started together they have one supervisor, and started apart one each; what this user may not
     see counts as running elsewhere.
     """
-    found: list[Health] = []
+    told: dict[str | None, list[Health]] = {}
     for only in (None, TRAINER, NODE):
         house = client.house(only)
         if os.access(house.parts, os.R_OK):
-            found += _supervised(house)
+            told[only] = _supervised(house)
+    # The two ways of running exclude each other; what a kill left behind of the other is nothing.
+    together = told.pop(None, [])
+    apart = [one for parts in told.values() for one in parts]
+    runs_apart = any(one.part != SUPERVISOR for one in apart)
+    runs_together = any(one.part != SUPERVISOR for one in together)
+    found = apart if runs_apart and not runs_together else together or apart
     if not found:
         return [Health("client", False, f"it does not run on {client.state}")]
     return [_greeted(client) if one.part == TRAINER and one.good else one for one in found]
@@ -87,7 +94,7 @@ def _supervised(house: House) -> list[Health]:
     """Return what a supervisor says of its parts, or that it does not run."""
     pid, told = holder(house.lock), house.running()
     if pid is None or not told:
-        return [Health("supervisor", False, f"it does not run on {house.folder}")]
+        return [Health(SUPERVISOR, False, f"it does not run on {house.folder}")]
     return [
         Health(name, True, "ready") if one.get("ready") is True else Health(name, False, "starting")
         for name, one in told.items()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
-from deploy.as_user import become
 from deploy.client_config import ClientConfig, user_and_group
 from deploy.config_file import NODE, TRAINER
+from deploy.reach import asked_as, changed_at
 from fedgraft.errors import ConfigError
 from fedgraft.files import disk_errors
 
@@ -24,6 +23,10 @@ NODE_KEYS = ("ca.crt", "client.crt", "client.key", "node")
 _PACKAGES = ("fedgraft", "strategies", "client", "deploy")
 """The code that the trainer runs."""
 _LOOKED_INTO = 1000  # files of a folder of data
+
+
+class StrangerError(ConfigError):
+    """What two users can do was asked by a third."""
 
 
 def check_starter(config: ClientConfig, only: str | None = None) -> None:
@@ -45,6 +48,7 @@ def check_starter(config: ClientConfig, only: str | None = None) -> None:
                 "Start `fedgraft client` as root, each part as its own user with --only, or leave "
                 "both keys out.",
             )
+        _check_state(config)
         return
     user = _user_of(config, only)
     if user_and_group(user)[0] != os.geteuid():
@@ -52,6 +56,21 @@ def check_starter(config: ClientConfig, only: str | None = None) -> None:
             f"--only {only} is started by user {os.geteuid()}, and the config names {user}",
             f"Start it as that user: runuser -u {user} -- fedgraft client --only {only} ...",
         )
+
+
+def _check_state(config: ClientConfig) -> None:
+    """Check that nobody but root could have put something into the state folder, as root.
+
+    Raises:
+        ConfigError: the SuperNode's user can change it, or a link stands in a folder's place.
+    """
+    _, node = _users(config)
+    if config.state.exists():
+        for path in asked_as(node, lambda: [at for at in [changed_at(config.state)] if at]):
+            raise _unprotected(config, path)
+    for folder in (config.kept, config.node, config.node_keys, config.socket.parent):
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a link", "Let it be a folder, or take another state.")
 
 
 def prepare(config: ClientConfig, only: str | None = None) -> None:
@@ -75,16 +94,13 @@ def prepare(config: ClientConfig, only: str | None = None) -> None:
     if not config.two_users:
         return
     if only is not None:
-        _prepare_one(config, only)
+        if only == TRAINER:
+            _open_socket(config)
+        check_users(config)
         return
-    assert config.trainer_user is not None and config.node_user is not None
-    trainer, node = user_and_group(config.trainer_user), user_and_group(config.node_user)
-    if 0 in (*trainer, *node) or trainer[0] == node[0] or trainer[1] == node[1]:
-        raise ConfigError(
-            "trainer-user and node-user must be two users of different groups, none of them root",
-            "Make them: useradd -r fedgraft-trainer; useradd -r fedgraft-node",
-        )
+    trainer, node = _users(config)
     with disk_errors(config.state):
+        os.chown(config.state, 0, 0)
         config.state.chmod(0o711)  # to be passed through, not listed
         for path in (config.kept, *config.kept.rglob("*")):
             os.chown(path, *trainer, follow_symlinks=False)
@@ -94,7 +110,61 @@ def prepare(config: ClientConfig, only: str | None = None) -> None:
         config.socket.parent.chmod(0o710)
         if config.keys is not None:
             copy_keys(config.keys, config.node_keys, node[1])
-    _check(config, trainer, node)
+    check_users(config)
+
+
+def check_users(config: ClientConfig) -> None:
+    """Check what the two users can do, as far as whoever asks can tell: root, or one of them.
+
+    Raises:
+        ConfigError: one of them cannot do its work, or the SuperNode's can read or change what it
+            must not.
+        StrangerError: somebody else asks.
+    """
+    trainer, node = _users(config)
+    me = os.geteuid()
+    if me not in (0, trainer[0], node[0]):
+        raise StrangerError(
+            "only root, trainer-user and node-user can tell what they can do",
+            "Ask as one of them.",
+        )
+    if me in (0, node[0]):
+        private = private_paths(config, keys=me == 0)
+        trusted = trusted_paths(config)
+        for path in asked_as(node, lambda: [one for one in private if os.access(one, os.R_OK)]):
+            raise _too_open(config, path)
+        for path in asked_as(node, lambda: [at for at in map(changed_at, trusted) if at]):
+            raise _unprotected(config, path)
+    if me in (0, trainer[0]):
+        needed = [config.policy]
+        if config.data.path is not None and not config.data_missing:
+            needed.append(config.data.path)
+        for path in asked_as(trainer, lambda: [p for p in needed if not os.access(p, os.R_OK)]):
+            raise _out_of_reach(config, path)
+    if me == 0:
+        python = Path(sys.executable)
+        for user, ids in ((config.trainer_user, trainer), (config.node_user, node)):
+            if asked_as(ids, lambda: [] if os.access(python, os.R_OK) else [python]):
+                raise ConfigError(
+                    f"user {user} cannot run {sys.executable}",
+                    "Install FedGraft where every user can read it, /opt say.",
+                )
+
+
+def _users(config: ClientConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return user and group of trainer and SuperNode.
+
+    Raises:
+        ConfigError: they are none, or not two.
+    """
+    assert config.trainer_user is not None and config.node_user is not None
+    trainer, node = user_and_group(config.trainer_user), user_and_group(config.node_user)
+    if 0 in (*trainer, *node) or trainer[0] == node[0] or trainer[1] == node[1]:
+        raise ConfigError(
+            "trainer-user and node-user must be two users of different groups, none of them root",
+            "Make them: useradd -r fedgraft-trainer; useradd -r fedgraft-node",
+        )
+    return trainer, node
 
 
 def _user_of(config: ClientConfig, only: str) -> str | int:
@@ -103,23 +173,12 @@ def _user_of(config: ClientConfig, only: str) -> str | int:
     return user
 
 
-def _prepare_one(config: ClientConfig, only: str) -> None:
-    """Do for one part, as its user, what `prepare` does for both as root.
+def _open_socket(config: ClientConfig) -> None:
+    """Let the SuperNode's group come to the socket, as the trainer's user.
 
     Raises:
-        ConfigError: this user cannot do its work, or can read or change what it must not.
+        ConfigError: this user is not in that group.
     """
-    if only == NODE:
-        for path in private_paths(config, keys=False):
-            if os.access(path, os.R_OK):
-                raise _too_open(config, path)
-        for path in trusted_paths(config):
-            if os.access(path, os.W_OK):
-                raise _unprotected(config, path)
-        return
-    for path in _needed(config):
-        if not os.access(path, os.R_OK):
-            raise _out_of_reach(config, path)
     group = user_and_group(_user_of(config, NODE))[1]
     try:
         os.chown(config.socket.parent, -1, group)
@@ -157,28 +216,6 @@ def copy_keys(source: Path, target: Path, group: int) -> None:
         copy.chmod(0o440)
 
 
-def _check(config: ClientConfig, trainer: tuple[int, int], node: tuple[int, int]) -> None:
-    if open_to := readable(*node, private_paths(config)):
-        raise _too_open(config, open_to[0])
-    if open_to := writable(*node, trusted_paths(config)):
-        raise _unprotected(config, open_to[0])
-    needed = _needed(config)
-    can = readable(*trainer, needed)
-    if missing := [path for path in needed if path not in can]:
-        raise _out_of_reach(config, missing[0])
-    for user, ids in ((config.trainer_user, trainer), (config.node_user, node)):
-        if not readable(*ids, [Path(sys.executable)]):
-            raise ConfigError(
-                f"user {user} cannot run {sys.executable}",
-                "Install FedGraft where every user can read it, /opt say.",
-            )
-
-
-def _needed(config: ClientConfig) -> list[Path]:
-    """Return what the trainer must be able to read."""
-    return [config.policy, *([] if config.data.path is None else [config.data.path])]
-
-
 def _too_open(config: ClientConfig, path: Path) -> ConfigError:
     return ConfigError(
         f"node-user {config.node_user} can read {path}, and with it the server's code",
@@ -187,9 +224,11 @@ def _too_open(config: ClientConfig, path: Path) -> ConfigError:
 
 
 def _unprotected(config: ClientConfig, path: Path) -> ConfigError:
+    owner = "root" if path.is_dir() else config.trainer_user
     return ConfigError(
         f"node-user {config.node_user} can change {path}, and with it the server's code",
-        f"Take it away: chown root {path}; chmod go-w {path}",
+        f"Take it away: chown {owner} {path}; chmod go-w {path}; or, where others need {path} as "
+        "it is, keep what this client trusts elsewhere.",
     )
 
 
@@ -216,45 +255,31 @@ def private_paths(config: ClientConfig, keys: bool = True) -> list[Path]:
 
 
 def trusted_paths(config: ClientConfig) -> list[Path]:
-    """Return what the SuperNode's user must not be able to change: policy, data, code that runs."""
-    places = [import_module(name).__path__[0] for name in _PACKAGES]
-    code = [sys.executable, sysconfig.get_path("purelib"), *places]
-    data = [] if config.data.path is None else [config.data.path]
-    return [config.policy, config.policy.parent, *data, *map(Path, code)]
+    """Return what the SuperNode's user must not be able to change: it decides what is trained.
+
+    Policy, client.toml, ledger, data, a base in a folder, and all code that the trainer runs.
+    """
+    code = [Path(place) for name in _PACKAGES for place in import_module(name).__path__]
+    libraries = Path(sysconfig.get_path("purelib"))
+    paths = [config.policy, config.kept, Path(sys.executable), libraries, *_listed(libraries)]
+    if config.file is not None:
+        paths.append(config.file)
+    for folder in code:
+        paths += [folder, *_below(folder)]
+    base = Path(config.model.base or "")
+    for place in (config.data.path, base if base.is_absolute() else None):
+        if place is not None:
+            paths += [place, *islice(_below(place), _LOOKED_INTO)]
+    return paths
+
+
+def _listed(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder; nothing where this user may not look."""
+    with suppress(PermissionError):
+        yield from folder.iterdir()
 
 
 def _below(folder: Path) -> Iterator[Path]:
     """Yield what lies below a folder; nothing where this user may not look."""
     with suppress(PermissionError):
         yield from folder.rglob("*")
-
-
-def readable(uid: int, gid: int, paths: Iterable[Path]) -> list[Path]:
-    """Return those of some paths that a user can read, asked as that user; by root only."""
-    return _allowed(uid, gid, paths, os.R_OK)
-
-
-def writable(uid: int, gid: int, paths: Iterable[Path]) -> list[Path]:
-    """Return those of some paths that a user can change, asked as that user; by root only."""
-    return _allowed(uid, gid, paths, os.W_OK)
-
-
-def _allowed(uid: int, gid: int, paths: Iterable[Path], how: int) -> list[Path]:
-    asked = list(paths)
-    out, into = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            become(uid, gid)
-            found = [number for number, path in enumerate(asked) if os.access(path, how)]
-            with os.fdopen(into, "w") as file:
-                json.dump(found, file)
-        finally:
-            os._exit(0)
-    os.close(into)
-    with os.fdopen(out) as file:
-        text = file.read()
-    os.waitpid(child, 0)
-    if not text:
-        raise ConfigError(f"user {uid} cannot be taken on here", "Start `fedgraft client` as root.")
-    return [asked[number] for number in json.loads(text)]

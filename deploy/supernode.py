@@ -31,7 +31,10 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeResponse,
     DeactivateNodeRequest,
     DeactivateNodeResponse,
+    PushMessagesRequest,
 )
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
@@ -198,6 +201,45 @@ def was_cut_off(error: BaseException | None) -> bool:
     return False
 
 
+def finish_answers() -> None:
+    """Send an answer to its end where a try was cut off that had reached the server after all.
+
+    A gateway that is killed takes the server's word along. Asked again, the server takes neither
+    an answer nor an object a second time: it names no objects to be sent, or says that one was not
+    stored. Flower then drops what is left of the answer, for which the ServerApp waits in vain.
+    """
+    announce, push = FleetHttpClient.PushMessages, FleetHttpClient.PushObject
+    tried: set[str] = set()  # ids of answers and objects whose sending was cut off
+
+    def minded(send: Callable[[], Any], what: str) -> tuple[Any, bool]:
+        """Return what the server says, and whether an earlier try may have reached it."""
+        try:
+            said = send()
+        except httpx.HTTPError:
+            tried.add(what)
+            raise
+        again = what in tried
+        tried.discard(what)
+        return said, again
+
+    def push_messages(client: FleetHttpClient, request: PushMessagesRequest) -> Any:
+        (tree,) = request.message_object_trees
+        said, again = minded(lambda: announce(client, request), tree.object_id)
+        if again and not said.objects_to_push:
+            # Without a session an object belongs to whichever session still waits for it.
+            said.session_id = ""
+            said.objects_to_push.extend({one.object_id for one in iterate_object_tree(tree)})
+        return said
+
+    def push_object(client: FleetHttpClient, request: PushObjectRequest) -> Any:
+        said, again = minded(lambda: push(client, request), request.object_id)
+        said.stored |= again or not request.session_id
+        return said
+
+    patched: Any = FleetHttpClient
+    patched.PushMessages, patched.PushObject = push_messages, push_object
+
+
 def take_leave_late(file: Path) -> None:
     """Let a SuperNode take leave for the one before it on this machine, where that was killed.
 
@@ -236,6 +278,7 @@ def main() -> None:
     wait_less()
     ask_soon_for_objects()
     be_patient()
+    finish_answers()
     superexec = start_ours()
     mind_messages(lambda: superexec.send_signal(WORK))
     take_leave_late(Path(ONLINE).absolute())

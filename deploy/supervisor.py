@@ -36,7 +36,7 @@ _TICK, _MEANWHILE_SECONDS = 0.05, 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _GREETING_SECONDS = 10.0
 _WATCHES = 10
-"""How often a part is asked within the time that it may be silent."""
+"""How often a part is asked within the time that it may be silent: in vain, and it hangs."""
 _STEADY_SECONDS = 60.0
 """A part that ran this long has recovered: its next pause is the first one again."""
 
@@ -59,7 +59,8 @@ class Part:
         hides: lines in which this is found are left out of the log.
         answers: whether it still does, asked on a thread of its own once it is ready, so it may
             take some seconds; None: a part that hangs is left alone.
-        silent_seconds: after so long without an answer it is killed and started again.
+        silent_seconds: after so long without an answer it is killed and started again. Time in
+            which nobody asked, since this process was stopped itself, does not count.
     """
 
     name: str
@@ -117,7 +118,7 @@ class _Seat:
     reader: threading.Thread | None = None
     answered: bool = False
     started: float = 0.0  # monotonic seconds
-    heard: float = 0.0  # when it last answered, monotonic seconds
+    hangs: subprocess.Popen[bytes] | None = None  # the process that answers no more, if any
     due: float = 0.0  # when it is started next, while it has no process
     pause: float = field(default_factory=lambda: _FIRST_PAUSE)
     starts: int = 0
@@ -239,12 +240,12 @@ class Supervisor:
                 self._bury(seat, _how(seat.process.returncode))
             elif not seat.answered:
                 self._await(seat, now)
-            elif seat.part.answers is not None and now - seat.heard > seat.part.silent_seconds:
+            elif seat.hangs is seat.process:
                 self._bury(seat, f"did not answer for {seat.part.silent_seconds:g} s")
 
     def _await(self, seat: _Seat, now: float) -> None:
         if seat.part.ready():
-            seat.answered, seat.heard = True, now
+            seat.answered = True
             if seat.part.answers is not None:
                 threading.Thread(target=self._watch, args=(seat, seat.process), daemon=True).start()
             self._log.write(OWN, f"{seat.part.name} is ready after {now - seat.started:.1f} s")
@@ -253,11 +254,14 @@ class Supervisor:
             self._bury(seat, f"did not answer in {seat.part.ready_seconds:g} s")
 
     def _watch(self, seat: _Seat, process: subprocess.Popen[bytes]) -> None:
+        """Ask a process again and again whether it answers, as long as it is the part's."""
         assert seat.part.answers is not None
-        while seat.process is process:
-            if seat.part.answers():
-                seat.heard = time.monotonic()
-            time.sleep(seat.part.silent_seconds / _WATCHES)
+        pause, missed = seat.part.silent_seconds / _WATCHES, 0
+        while seat.process is process and missed < _WATCHES:
+            began = time.monotonic()
+            missed = 0 if seat.part.answers() else missed + 1
+            time.sleep(max(0.0, began + pause - time.monotonic()))
+        seat.hangs = process
 
     def _start_again(self, seat: _Seat) -> None:
         """Start a part that ran before; where that fails (an upgrade, say) try later."""

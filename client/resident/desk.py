@@ -15,7 +15,7 @@ from client.resident.own import Own
 from client.resident.trainer_pb2 import Order
 from fedgraft.config import RUN_CONFIG_KEY
 from fedgraft.devices import is_out_of_memory
-from fedgraft.errors import NO_MEMORY, FedGraftError, StoppedError
+from fedgraft.errors import NO_MEMORY, FedGraftError, RunError, StoppedError
 from fedgraft.flower import set_identity, set_message_id
 from fedgraft.messages import HELLO, KEEP, METRICS, SPENT, WEIGHT, Hello, Reply, TrainRequest
 from fedgraft.refusal import CONFIG, REFUSAL
@@ -51,21 +51,23 @@ class Desk:
         """
         try:
             content = self._do(order)
+            reason = _refusal_in(content)
         except StoppedError:
             raise
         except FedGraftError as error:
-            content = self._refusal(order, error.message)
+            reason = error.message
+            content = self._refusal(order, reason)
         except Exception as error:
             if is_out_of_memory(error):
                 log.error("out of memory: %s", error)
-                content = self._refusal(order, f"{NO_MEMORY} on this client")
+                reason = f"{NO_MEMORY} on this client"
             else:
                 log.exception("an order of type %s failed", order.kind)
                 reason = f"the trainer failed ({type(error).__name__}); its own log says where"
-                content = self._refusal(order, reason)
-        reason = _refusal_in(content)
+            content = self._refusal(order, reason)
         if reason:
-            log.warning("refused: %s", reason)
+            what = "only the name was told" if order.kind == HELLO else "refused"
+            log.warning("%s: %s", what, reason)
         return Answer(encode(content), reason.startswith(NO_MEMORY))
 
     def name_only(self) -> Answer:
@@ -98,13 +100,15 @@ class Desk:
         description = ""
         if policy.allows(DESCRIPTION):
             policy.check_run(self.own.name, asked.config)
-            description = Hello.decode(self._handle(asked, policy)).description
+            said = self._handle(asked, policy)
+            if reason := _refusal_in(said):
+                raise RunError(reason)
+            description = Hello.decode(said).description
         return Hello(self.own.name, description, memory).encode()
 
     def _refusal(self, order: Order, reason: str) -> RecordDict:
         """Say no; to the question who this is there is always an answer."""
         if order.kind == HELLO:
-            log.warning("only the name was told: %s", reason)
             return Hello(self.own.name).encode()
         return Reply(refusal=reason).encode()
 

@@ -232,6 +232,9 @@ def test_out_of_memory_is_said_and_asks_for_a_new_process(
     monkeypatch.setattr("client.seat.train", full)
     answer = Desk(own(tmp_path)).answer(order("train", tiny, request(start)))
     assert answer.out_of_memory and refused(answer).startswith("there is not enough memory on ")
+    monkeypatch.setattr("client.app.resident_task", full)
+    answer = Desk(own(tmp_path)).answer(order(HELLO, tiny, RecordDict()))
+    assert answer.out_of_memory and Hello.decode(records(answer)) == Hello("north")
 
 
 def test_training_stops_at_its_next_step(tiny: Config, start: Tensors, tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ def carry(ends: tuple[int, int], seconds: float, loss: float, chance: random.Ran
 def main() -> None:
     """Make the devices and carry frames between them."""
     client, device, server, port, milliseconds, loss = sys.argv[1:]
-    ends = (tap(client, device), tap(server, port))
+    try:
+        ends = (tap(client, device), tap(server, port))
+    except PermissionError as error:
+        print(error.strerror)
+        return
     print("made", flush=True)
     carry(ends, float(milliseconds) / 1000, float(loss), random.Random(0))
 

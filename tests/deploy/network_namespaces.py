@@ -63,7 +63,11 @@ class Hosts:
         words = (sys.executable, _WIRE, mine, "eth0", server, f"to{index}", milliseconds, loss)
         wire = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
         self.wires.append(wire)
-        assert wire.stdout is not None and wire.stdout.readline() == "made\n"
+        assert wire.stdout is not None
+        said = wire.stdout.readline()
+        if "not permitted" in said:
+            pytest.skip(f"no wire can be made here: {said}")
+        assert said == "made\n"
         _do(f"ip -n {server} link set to{index} master br0 up")
         _plug(mine, index)
 

@@ -132,9 +132,13 @@ def test_own_data_are_looked_for_without_a_runs_config(folder: Path) -> None:
     file.write_text(own)
     found = wrong(examine_client(client_of(folder), None))
     assert found["data"].text == f"data.path {folder / 'rows.jsonl'} is not there"
+    both = file.read_text().replace("[data]\n", "[data]\npartition = 1\npartitions = 3\n")
+    file.write_text(both)
+    assert "data" in wrong(examine_client(client_of(folder), None))
+    assert "data" in wrong(examine_client(client_of(folder), RUN))
     (folder / "rows.jsonl").touch()
     found = {one.subject: one for one in examine_client(client_of(folder), None)}
-    assert found["data"].verdict == "good" and found["base and memory"].verdict == "warning"
+    assert "data" not in found and found["base and memory"].verdict == "warning"
 
 
 def test_a_state_folder_too_deep_for_a_socket(folder: Path) -> None:

@@ -70,6 +70,21 @@ def test_parts_that_run_apart_are_looked_at_each_in_its_folder(client: ClientCon
             assert asked(client) == (1, {"trainer": "starting", "supernode": "ready"})
 
 
+def test_what_a_killed_client_left_does_not_count_beside_the_other_way_of_running(
+    client: ClientConfig,
+) -> None:
+    with supervised(client, None, trainer=True, supernode=True):
+        pass
+    with supervised(client, "supernode", supernode=True):
+        assert asked(client) == (0, {"supernode": "ready"})
+    status, told = asked(client)
+    assert status == 1 and list(told) == ["supervisor"]
+    client.house().parts.unlink()
+    with supervised(client, "trainer", trainer=False):  # and the SuperNode's was killed
+        status, told = asked(client)
+        assert status == 1 and told.keys() == {"trainer", "supervisor"}
+
+
 def test_a_trainer_that_does_not_answer_is_not_well(client: ClientConfig) -> None:
     with supervised(client, "trainer", trainer=True):
         status, told = asked(client)

@@ -38,7 +38,7 @@ def test_the_second_is_told_who_is_the_first_and_a_dead_one_holds_nothing(tmp_pa
     assert holder(path) is None
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "nonsense"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "nonsense", "depth"])
 def test_what_another_user_put_in_its_place_is_no_holder(kind: str, tmp_path: Path):
     house = House(tmp_path, "client")
     (tmp_path / "elsewhere").write_text('{"trainer": {"ready": true}}')
@@ -50,9 +50,9 @@ def test_what_another_user_put_in_its_place_is_no_holder(kind: str, tmp_path: Pa
         elif kind == "folder":
             path.mkdir()
         else:
-            path.write_text("no number, no JSON")
+            path.write_text("no number, no JSON" if kind == "nonsense" else 100_000 * "[")
     assert holder(house.lock) is None and house.running() == {}
-    if kind == "nonsense":
+    if kind in ("nonsense", "depth"):
         with house.lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             assert holder(house.lock) is None

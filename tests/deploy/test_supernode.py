@@ -22,7 +22,10 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeResponse,
     DeactivateNodeRequest,
     DeactivateNodeResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
 )
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest, PushObjectResponse
 from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -180,13 +183,96 @@ def test_a_server_that_fails_is_asked_again_for_a_minute(monkeypatch: pytest.Mon
     assert gives_up(404, 0.0)
 
 
+class Server:
+    """What a SuperLink does with an answer and its objects, over a line that is cut at times.
+
+    Attributes:
+        cut: before ("down") or after ("up") the server has heard of what, the line is cut once.
+    """
+
+    def __init__(self, cut: dict[str, str]) -> None:
+        self.cut = cut
+        self.stored: list[str] = []
+        self.pending: set[str] | None = None
+
+    def push_messages(self, client: Any, request: PushMessagesRequest) -> PushMessagesResponse:
+        fresh = self._passed("answer", lambda: self.pending is None)
+        if fresh:
+            self.pending = {"a", "b", "root"}
+        self._heard("answer")
+        ids = self.pending if fresh else ()
+        return PushMessagesResponse(session_id="s" if fresh else "", objects_to_push=ids)
+
+    def push_object(self, client: Any, request: PushObjectRequest) -> PushObjectResponse:
+        assert self.pending is not None
+        fresh = self._passed(request.object_id, lambda: request.object_id in self.pending)
+        if fresh:
+            self.pending.remove(request.object_id)
+            self.stored.append(request.object_id)
+        self._heard(request.object_id)
+        return PushObjectResponse(stored=fresh)
+
+    def _passed(self, what: str, fresh: Callable[[], bool]) -> bool:
+        if self.cut.get(what) == "down":
+            del self.cut[what]
+            raise httpx.ConnectError("no gateway is there")
+        return fresh()
+
+    def _heard(self, what: str) -> None:
+        if self.cut.get(what) == "up":
+            del self.cut[what]
+            raise httpx.RemoteProtocolError("the gateway is gone")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {},
+        {"answer": "down", "a": "down"},
+        {"answer": "up"},
+        {"a": "up"},
+        {"answer": "up", "b": "up"},
+    ],
+)
+def test_an_answer_is_sent_to_its_end_though_the_servers_word_was_lost(
+    cut: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's server takes answer and object once, and says no to it the second time."""
+    server = Server(dict(cut))
+    monkeypatch.setattr(
+        FleetHttpClient, "PushMessages", lambda *given: server.push_messages(*given)
+    )
+    monkeypatch.setattr(FleetHttpClient, "PushObject", lambda *given: server.push_object(*given))
+    supernode.finish_answers()
+    client = FleetHttpClient.__new__(FleetHttpClient)
+    tree = ObjectTree(
+        object_id="root", children=[ObjectTree(object_id="a"), ObjectTree(object_id="b")]
+    )
+
+    def insisted(call: Callable[[Any], Any], request: Any) -> Any:
+        with suppress(httpx.HTTPError):
+            return call(request)
+        return call(request)
+
+    said = insisted(client.PushMessages, PushMessagesRequest(message_object_trees=[tree]))
+    assert set(said.objects_to_push) == {"a", "b", "root"}
+    for id in ("a", "b", "root"):
+        request = PushObjectRequest(session_id=said.session_id, object_id=id)
+        assert insisted(client.PushObject, request).stored
+    assert sorted(server.stored) == ["a", "b", "root"] and not server.cut
+    if not cut:  # a no without such a reason stays one
+        assert not client.PushObject(PushObjectRequest(session_id="s", object_id="a")).stored
+        again = client.PushMessages(PushMessagesRequest(message_object_trees=[tree]))
+        assert not again.objects_to_push
+
+
 @pytest.mark.parametrize("raised", [None, RuntimeError("it broke")])
 def test_a_supernode_whose_loop_has_ended_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: Exception | None
 ) -> None:
     """Though its web server's thread goes on."""
     for name in (
-        *("wait_less", "ask_soon_for_objects", "be_patient"),
+        *("wait_less", "ask_soon_for_objects", "be_patient", "finish_answers"),
         *("start_ours", "mind_messages", "take_leave_late"),
     ):
         monkeypatch.setattr(supernode, name, Mock())

@@ -127,6 +127,29 @@ def test_a_part_that_hangs_is_started_again(tmp_path: Path):
     assert "one did not answer for 1.5 s; starting it again in 0.5 s" in log(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("answers", "hangs"), [("xxxxxxxxxx", True), ("xxxxxxxxx.xxxxxxxxx", False)]
+)
+def test_a_part_hangs_after_ten_questions_in_vain_and_not_by_the_clock(
+    answers: str, hangs: bool, tmp_path: Path
+):
+    """A supervisor that was itself stopped for an hour finds parts that nobody asked."""
+    given = iter(answers)
+    process: Any = object()
+
+    def answer() -> bool:
+        if (now := next(given, None)) is None:
+            seat.process = None  # it has ended meanwhile
+        return now == "."
+
+    one = part(tmp_path, "one", WAIT, answers=answer, silent_seconds=0.01)
+    seat = supervisor_module._Seat(one, process)
+    Supervisor([one], MergedLog(tmp_path / "log", screen=False), tmp_path / "parts")._watch(
+        seat, process
+    )
+    assert (seat.process is process) == hangs and (seat.hangs is seat.process) == hangs
+
+
 def test_only_a_process_at_work_shakes_hands(tmp_path: Path):
     issue_server(make_authority("CA"), ["localhost"]).write(tmp_path / "crt", tmp_path / "key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -19,8 +19,8 @@ import pytest
 
 from deploy.client_config import ClientConfig
 from deploy.client_parts import as_user
-from deploy.doctor_client import _two_users
-from deploy.isolation import NODE_KEYS, check_starter, copy_keys, prepare, readable
+from deploy.isolation import NODE_KEYS, check_starter, check_users, copy_keys, prepare
+from deploy.reach import asked_as, changed_at
 from fedgraft.errors import ConfigError
 from fedgraft.flower import free_port
 
@@ -52,6 +52,10 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
+def readable(user: int, paths: list[Path]) -> list[Path]:
+    return asked_as((user, user), lambda: [path for path in paths if os.access(path, os.R_OK)])
+
+
 @root
 def test_the_folders_are_each_for_who_may_use_them(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "/bin/sh")  # which every user can run
@@ -60,10 +64,10 @@ def test_the_folders_are_each_for_who_may_use_them(folder: Path, monkeypatch: py
     (config.kept / "ledger.jsonl").write_text("{}")
     prepare(config)  # what is there already is given to the trainer, too
     mine = [config.kept, config.kept / "ledger.jsonl", config.policy, folder / "rows.jsonl"]
-    assert readable(TRAINER, TRAINER, mine) == mine
-    assert readable(NODE, NODE, [*mine, config.state, config.socket.parent]) == []
-    assert readable(NODE, NODE, [config.node]) == [config.node]
-    assert readable(TRAINER, TRAINER, [config.node]) == []
+    assert readable(TRAINER, mine) == mine
+    assert readable(NODE, [*mine, config.state, config.socket.parent]) == []
+    assert readable(NODE, [config.node]) == [config.node]
+    assert readable(TRAINER, [config.node]) == []
     assert (config.socket.parent.stat().st_mode & 0o777) == 0o710
 
 
@@ -78,17 +82,15 @@ def test_what_the_supernode_could_read_is_named(name: str, folder: Path):
 @root
 def test_what_the_supernode_could_change_is_named(folder: Path):
     config = ClientConfig.load(folder / "client.toml")
-    (folder / "policy.toml").chmod(0o602)
-    with pytest.raises(ConfigError, match=f"node-user {NODE} can change .*policy.toml") as caught:
-        prepare(config)
-    assert f"chmod go-w {folder / 'policy.toml'}" in caught.value.remedy
-    assert _two_users(config).text == f"node-user {NODE} can change {folder / 'policy.toml'}"
+    prepare(config)
+    policy = folder / "policy.toml"
+    policy.chmod(0o602)
+    for act in (lambda: prepare(config), lambda: check_users(config)):
+        with pytest.raises(ConfigError, match=f"node-user {NODE} can change .*policy.toml") as told:
+            act()
+        assert f"chown {TRAINER} {policy}; chmod go-w {policy}" in told.value.remedy
     said = _as_user(NODE, [], lambda: prepare(config, "supernode"))
-    assert said.startswith(f"node-user {NODE} can change {folder / 'policy.toml'}")
-    (folder / "policy.toml").chmod(0o600)
-    folder.chmod(0o757)  # who may not write the file could put another in its place
-    with pytest.raises(ConfigError, match=f"node-user {NODE} can change {folder},"):
-        prepare(config)
+    assert said.startswith(f"node-user {NODE} can change {policy}")
 
 
 @root
@@ -96,11 +98,83 @@ def test_what_the_supernode_could_change_is_named(folder: Path):
 def test_code_that_the_supernode_could_change_is_named(
     package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (folder / package).mkdir(0o700)
-    os.chown(folder / package, NODE, NODE)
+    (folder / package).mkdir(0o755)
+    module = folder / package / "module.py"
+    module.touch()
     monkeypatch.setattr(sys.modules[package], "__path__", [str(folder / package)])
-    with pytest.raises(ConfigError, match=f"node-user {NODE} can change {folder / package}"):
+    config = ClientConfig.load(folder / "client.toml")
+    prepare(config)
+    module.chmod(0o646)
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can change {module}"):
+        prepare(config)
+
+
+@root
+@pytest.mark.parametrize("which", ["client.toml", "base", "rows.jsonl"])
+def test_what_decides_about_the_training_is_not_the_supernodes(which: str, folder: Path):
+    (folder / "base").mkdir()
+    text = (folder / "client.toml").read_text().replace("[model]\n", '[model]\nbase = "base"\n')
+    (folder / "client.toml").write_text(text)
+    os.chown(folder / which, NODE, NODE)  # who owns it may let itself write, whatever its mode
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can (change|read) {folder / which}"):
         prepare(ClientConfig.load(folder / "client.toml"))
+
+
+@root
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_a_state_folder_of_the_supernodes_user_is_not_taken_over(mode: int, folder: Path):
+    """It could have put anything into it, and moved the ledger away."""
+    (folder / "state").mkdir()
+    (folder / "state").chmod(mode)
+    os.chown(folder / "state", NODE, NODE)
+    config = ClientConfig.load(folder / "client.toml")
+    with pytest.raises(ConfigError, match=f"node-user {NODE} can change {config.state},"):
+        check_starter(config)
+    os.chown(folder / "state", 0, 0)
+    if mode == 0o755:
+        check_starter(config)
+    (folder / "state" / "trainer").symlink_to("/etc")
+    with pytest.raises(ConfigError, match="state/trainer is a link"):
+        check_starter(config)
+
+
+@root
+def test_a_state_folder_becomes_roots(folder: Path):
+    (folder / "state").mkdir()
+    os.chown(folder / "state", 4321, 4321)  # it was a client of one user
+    config = ClientConfig.load(folder / "client.toml")
+    check_starter(config)
+    prepare(config)
+    assert config.state.stat().st_uid == 0
+
+
+@root
+def test_where_a_path_could_be_changed(folder: Path):
+    """By its file, a folder above it, or the folder of a link that leads to it."""
+
+    def at(path: Path) -> list[Path]:
+        return asked_as((NODE, NODE), lambda: [found for found in [changed_at(path)] if found])
+
+    file = folder / "a" / "b" / "file"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert at(file) == []
+    (folder / "a").chmod(0o777)
+    assert at(file) == at(folder / "a" / "b" / "missing") == [folder / "a"]
+    (folder / "a").chmod(0o1777)  # as /tmp is
+    assert at(file) == [] and at(folder / "a" / "missing") == [folder / "a" / "missing"]
+    os.chown(file.parent, NODE, NODE)
+    assert at(file) == [file.parent]
+    (folder / "link").symlink_to(file)
+    assert at(folder / "link") == [file.parent]
+    (folder / "again").symlink_to("link")
+    assert at(folder / "again") == [file.parent]
+    (folder / "loop").symlink_to("loop")
+    assert at(folder / "loop") == []
+    os.chown(file.parent, 0, 0)
+    (folder / "a").chmod(0o700)
+    file.chmod(0o666)
+    assert at(file) == []  # nobody comes near
 
 
 @root
@@ -119,7 +193,7 @@ def test_the_supernode_reads_its_keys_and_cannot_change_them(folder: Path):
     for _ in range(2):  # at every start
         copy_keys(folder / "keys", folder / "copies", NODE)
     copies = [folder / "copies" / name for name in NODE_KEYS]
-    assert readable(NODE, NODE, copies) == copies and readable(TRAINER, TRAINER, copies) == []
+    assert readable(NODE, copies) == copies and readable(TRAINER, copies) == []
     assert copies[0].read_text() == NODE_KEYS[0]
     for path in (folder / "copies", *copies):
         assert path.stat().st_uid == 0 and path.stat().st_mode & 0o022 == 0
@@ -181,7 +255,7 @@ def test_each_part_alone_makes_its_own_folders(
     if only == "trainer" and not said:
         found = config.socket.parent.stat()
         assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (TRAINER, NODE, 0o710)
-        assert readable(NODE, NODE, [config.kept, config.socket.parent]) == []
+        assert readable(NODE, [config.kept, config.socket.parent]) == []
     assert config.house(only).log.parent.is_dir()
 
 
