@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import psutil
 
@@ -40,7 +41,12 @@ PASSING = frozenset({"ServerApp", "ClientApp", "submit"})
 EXECUTOR = "SuperExec"
 """Flower's starter of apps, which waits for one that has ended when it starts the next."""
 MEMORY_SHARE, MEMORY_MIB = 0.05, 8.0
-"""The largest process of a kind may have grown by so much: a share of what it had, and MiB."""
+"""Largest and median process of a kind may have grown by so much: a share of what it had, and MiB.
+
+The sum may: of twenty trainers some have had no work before the first look, and hold no base yet.
+"""
+MANY = 5
+"""From so many processes on, the median one is at work in both looks: some have just started."""
 DESCRIPTORS = 4
 """So many more descriptors a process may have: connections that a client keeps open or not."""
 GROWING = ("messages and objects", "temporary files")
@@ -216,7 +222,8 @@ def leaks(early: Look, late: Look) -> list[str]:
     """Return what has grown from one quiet moment to another beyond what is granted, a line each.
 
     Judged are: processes by kind, those that nobody owns, those that should have ended;
-    descriptors and memory of the largest process of each kind; and the counts of `GROWING`.
+    descriptors of the largest process of each kind; memory of the largest and, where there are
+    `MANY`, of the median one; and the counts of `GROWING`.
     """
     found = [f"process {pid} belongs to nobody" for pid in late.orphans]
     before, after = early.kinds(), late.kinds()
@@ -244,8 +251,11 @@ def _grown(kind: str, there: Sequence[Process], processes: Sequence[Process]) ->
         now = max(one.descriptors.get(sort, 0) for one in processes)
         if now > was + DESCRIPTORS:
             found.append(f"{kind}: {was} descriptors of sort {sort} have become {now}")
-    had = max(one.anonymous for one in there)
-    has = max(one.anonymous for one in processes)
-    if has > had * (1.0 + MEMORY_SHARE) + MEMORY_MIB:
-        found.append(f"{kind}: {had:.0f} MiB of memory have become {has:.0f}")
+    for which, chosen in (("the largest", max), ("the median", median)):
+        if which == "the median" and len(there) < MANY:
+            continue
+        had = chosen(one.anonymous for one in there)
+        has = chosen(one.anonymous for one in processes)
+        if has > had * (1.0 + MEMORY_SHARE) + MEMORY_MIB:
+            found.append(f"{kind}: {had:.0f} MiB of memory of {which} have become {has:.0f}")
     return found

@@ -36,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leaks import PASSING, Look, leaks
+from leaks import MANY, PASSING, Look, leaks
 from soak_faults import FAULTS, Injector, plan
 from soak_federation import START_SECONDS, Federation, federation, stop, until
 
@@ -166,6 +166,14 @@ def markdown(outcome: Outcome, command: str) -> str:
         lines.append(f"| {kind}: processes | {_each(early, late, kind, len)} |")
         largest = _each(early, late, kind, lambda found: f"{max(p.anonymous for p in found):.0f}")
         lines.append(f"| {kind}: memory of the largest, MiB | {largest} |")
+        if len(late.kinds().get(kind, [])) >= MANY:
+            middle = _each(
+                early,
+                late,
+                kind,
+                lambda found: f"{statistics.median(p.anonymous for p in found):.0f}",
+            )
+            lines.append(f"| {kind}: memory of the median one, MiB | {middle} |")
         for sort in ("socket", "pipe", "file"):
             most = _each(
                 early, late, kind,

@@ -21,7 +21,7 @@ from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from setproctitle import setproctitle
 
 import client.relay  # noqa: F401  # what a ClientApp of ours runs
-from fedgraft.flower import ask_soon_for_objects
+from fedgraft.flower import ask_soon_for_objects, leave_out_empty_lines
 
 CLIENT_APP, NURSERY = "flwr-clientapp", "fedgraft-nursery"
 """What the processes are called."""
@@ -67,5 +67,6 @@ def _become(words: Sequence[str]) -> NoReturn:
     setproctitle(CLIENT_APP)  # the task's token is not for everybody's eyes
     sys.argv[:] = [CLIENT_APP, *words]
     ask_soon_for_objects()
+    leave_out_empty_lines()
     flwr_clientapp()
     sys.exit()

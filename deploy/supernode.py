@@ -10,7 +10,6 @@ place. What is touched of Flower is here, with a test.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -41,7 +40,7 @@ from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from deploy.kept_superexec import WORK, KeptSuperExec
-from fedgraft.flower import ask_soon_for_objects
+from fedgraft.flower import ask_soon_for_objects, leave_out_empty_lines
 
 CERTIFICATE, KEY = "FEDGRAFT_CLIENT_CERTIFICATE", "FEDGRAFT_CLIENT_KEY"
 """Environment variables with the paths of the client's certificate and its key."""
@@ -282,7 +281,7 @@ def main() -> None:
     superexec = start_ours()
     mind_messages(lambda: superexec.send_signal(WORK))
     take_leave_late(Path(ONLINE).absolute())
-    logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))
+    leave_out_empty_lines()
     if CERTIFICATE in os.environ:
         present(os.environ[CERTIFICATE], os.environ[KEY])
     sys.argv[0] = "flower-supernode"

@@ -7,6 +7,7 @@ breaks one place and says so.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -61,6 +62,11 @@ def ask_soon_for_objects(most: float | None = None) -> None:
         pull.__kwdefaults__["initial_backoff"] = OBJECT_SECONDS
         if most is not None:
             pull.__kwdefaults__["max_time"] = most
+
+
+def leave_out_empty_lines() -> None:
+    """Let this process say nothing where Flower would log a line with nothing in it."""
+    logging.getLogger("flwr").addFilter(lambda record: bool(record.getMessage().strip()))
 
 
 def set_message_id(message: Message, message_id: str) -> None:

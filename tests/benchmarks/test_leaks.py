@@ -103,7 +103,7 @@ def test_nothing_has_leaked_where_nothing_was_done(leaks: ModuleType, family: Fa
     [
         ("open", "descriptors of sort file have become 10"),
         ("connect", "descriptors of sort socket have become 10"),
-        ("grow", "MiB of memory have become"),
+        ("grow", "MiB of memory of the largest have become"),
     ],
 )
 def test_what_one_process_leaks_is_found(
@@ -122,6 +122,20 @@ def test_memory_within_the_grant_is_none(leaks: ModuleType) -> None:
     for more, found in ((grant - 0.1, 0), (grant + 0.1, 1)):
         late = leaks.Look([replace(had, anonymous=400.0 + more)])
         assert len(leaks.leaks(early, late)) == found
+
+
+def test_memory_of_most_processes_is_judged_and_not_of_a_few(leaks: ModuleType) -> None:
+    """Of five trainers one may have had no work yet, and three may not grow beside the largest."""
+
+    def look(*sizes: float) -> Any:
+        return leaks.Look(
+            [leaks.Process(n, "trainer", 0.0, size, size, {}, 4) for n, size in enumerate(sizes)]
+        )
+
+    assert leaks.leaks(look(90, 400, 400, 400, 400), look(400, 400, 400, 400, 400)) == []
+    (line,) = leaks.leaks(look(300, 300, 300, 300, 400), look(390, 390, 390, 390, 400))
+    assert line == "trainer: 300 MiB of memory of the median have become 390"
+    assert leaks.leaks(look(90, 90, 90, 400), look(400, 400, 400, 400)) == []  # too few to tell
 
 
 def test_a_process_more_and_one_that_nobody_owns_are_found(

@@ -273,7 +273,7 @@ def test_a_supernode_whose_loop_has_ended_ends(
     """Though its web server's thread goes on."""
     for name in (
         *("wait_less", "ask_soon_for_objects", "be_patient", "finish_answers"),
-        *("start_ours", "mind_messages", "take_leave_late"),
+        *("start_ours", "mind_messages", "take_leave_late", "leave_out_empty_lines"),
     ):
         monkeypatch.setattr(supernode, name, Mock())
     monkeypatch.setattr(sys, "argv", [""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import socket
 import subprocess
@@ -62,6 +63,18 @@ def test_objects_are_asked_for_soon_and_given_up_in_time(monkeypatch: pytest.Mon
     with pytest.raises(ObjectPullError):
         pull(["a"], never)
     assert inflate.__kwdefaults__["max_time"] == 0.2
+
+
+def test_lines_with_nothing_in_them_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    logger = logging.getLogger("flwr")
+    monkeypatch.setattr(logger, "filters", [])
+    flower.leave_out_empty_lines()
+    kept = [
+        text
+        for text in ("", "  ", "Sent successfully")
+        if logger.filter(logger.makeRecord("flwr", logging.INFO, "", 0, text, (), None))
+    ]
+    assert kept == ["Sent successfully"]
 
 
 def test_an_error_reply_says_what_was_raised():
