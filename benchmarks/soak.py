@@ -36,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leaks import MANY, PASSING, Look, leaks
+from leaks import MANY, PASSING, Look, Process, leaks
 from soak_faults import FAULTS, Injector, plan
 from soak_federation import START_SECONDS, Federation, federation, stop, until
 
@@ -152,6 +152,10 @@ def rest(made: Federation) -> None:
     time.sleep(REST_SECONDS)
 
 
+def _median_memory(processes: Sequence[Process]) -> str:
+    return f"{statistics.median(one.anonymous for one in processes):.0f}"
+
+
 def markdown(outcome: Outcome, command: str) -> str:
     """Return the result as it goes into BENCHMARKS.md."""
     early, late = outcome.early, outcome.late
@@ -167,12 +171,7 @@ def markdown(outcome: Outcome, command: str) -> str:
         largest = _each(early, late, kind, lambda found: f"{max(p.anonymous for p in found):.0f}")
         lines.append(f"| {kind}: memory of the largest, MiB | {largest} |")
         if len(late.kinds().get(kind, [])) >= MANY:
-            middle = _each(
-                early,
-                late,
-                kind,
-                lambda found: f"{statistics.median(p.anonymous for p in found):.0f}",
-            )
+            middle = _each(early, late, kind, _median_memory)
             lines.append(f"| {kind}: memory of the median one, MiB | {middle} |")
         for sort in ("socket", "pipe", "file"):
             most = _each(
