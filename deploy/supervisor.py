@@ -36,7 +36,10 @@ _TICK, _MEANWHILE_SECONDS = 0.05, 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _GREETING_SECONDS = 10.0
 _WATCHES = 10
-"""How often a part is asked within the time that it may be silent: in vain, and it hangs."""
+"""How often a part is asked within the time that it may be silent."""
+_IN_VAIN = 3
+"""So many questions in vain it takes at least, however long they took: this process may itself have
+been stopped over one of them."""
 _STEADY_SECONDS = 60.0
 """A part that ran this long has recovered: its next pause is the first one again."""
 
@@ -59,8 +62,7 @@ class Part:
         hides: lines in which this is found are left out of the log.
         answers: whether it still does, asked on a thread of its own once it is ready, so it may
             take some seconds; None: a part that hangs is left alone.
-        silent_seconds: after so long without an answer it is killed and started again. Time in
-            which nobody asked, since this process was stopped itself, does not count.
+        silent_seconds: after so long without an answer it is killed and started again.
     """
 
     name: str
@@ -256,12 +258,18 @@ class Supervisor:
     def _watch(self, seat: _Seat, process: subprocess.Popen[bytes]) -> None:
         """Ask a process again and again whether it answers, as long as it is the part's."""
         assert seat.part.answers is not None
-        pause, missed = seat.part.silent_seconds / _WATCHES, 0
-        while seat.process is process and missed < _WATCHES:
+        pause = seat.part.silent_seconds / _WATCHES
+        missed, since = 0, 0.0
+        while seat.process is process:
             began = time.monotonic()
-            missed = 0 if seat.part.answers() else missed + 1
+            if seat.part.answers():
+                missed = 0
+            else:
+                missed, since = missed + 1, since if missed else began
+                if missed >= _IN_VAIN and time.monotonic() - since >= seat.part.silent_seconds:
+                    seat.hangs = process
+                    return
             time.sleep(max(0.0, began + pause - time.monotonic()))
-        seat.hangs = process
 
     def _start_again(self, seat: _Seat) -> None:
         """Start a part that ran before; where that fails (an upgrade, say) try later."""

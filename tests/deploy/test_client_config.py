@@ -149,3 +149,24 @@ def test_a_partition_that_is_none_writes_nothing(tmp_path: Path) -> None:
     done = call("client", "--init", file, "--keys", tmp_path, "--partition", "3")
     assert done.status == 2 and "--partition 3 of --partitions 3: take 0 to 2" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--config", "c.toml", "--partition", "2"), "--partition goes with --init"),
+        (("--config", "c.toml", "--server", "h:1"), "--server goes with --init"),
+        (("--config", "c.toml", "--keys", "k"), "--keys goes with --init"),
+        (("--init", "c.toml", "--keys", "k", "--only", "trainer"), "--only goes with --config"),
+    ],
+)
+def test_options_of_the_other_use_are_not_passed_over(words: tuple[str, ...], said: str) -> None:
+    done = call("client", *words)
+    assert done.status == 2 and said in done.err
+
+
+def test_an_example_without_a_partition_asks_for_data_first(tmp_path: Path) -> None:
+    keys = certificate(tmp_path / "KEYS" / "clients" / "north", "north")
+    done = call("client", "--init", tmp_path / "c.toml", "--keys", keys)
+    assert done.status == 0 and f"name your data in it ({tmp_path / 'data.jsonl'} for" in done.out
+    assert ClientConfig.load(tmp_path / "c.toml").data_missing

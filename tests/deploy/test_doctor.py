@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -28,18 +30,25 @@ RUN = Config().with_overrides({"federation.clients": 3, "model.device": "cpu", "
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's, which pytest's own need not do."""
+    with tempfile.TemporaryDirectory(prefix="fg-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def folder(short_path: Path) -> Path:
     """Keys, a server and a client of partition 1 of 3, as the example configs have them."""
-    keys = Keys.create(tmp_path / "KEYS", ["localhost"])
+    keys = Keys.create(short_path / "KEYS", ["localhost"])
     keys.invite("a")
-    write_server(tmp_path / "server.toml", tmp_path / "KEYS")
+    write_server(short_path / "server.toml", short_path / "KEYS")
     server = f"127.0.0.1:{free_port()}"
-    client = tmp_path / "client.toml"
-    write_client(client, tmp_path / "KEYS" / "clients" / "a", server=server, partition=1)
-    for path in (tmp_path / "server.toml", client):
+    client = short_path / "client.toml"
+    write_client(client, short_path / "KEYS" / "clients" / "a", server=server, partition=1)
+    for path in (short_path / "server.toml", client):
         text = path.read_text().replace("9443", str(free_port())).replace("8000", str(free_port()))
         path.write_text(text.replace('device = "auto"', 'device = "cpu"'))
-    return tmp_path
+    return short_path
 
 
 def server_of(folder: Path) -> ServerConfig:
