@@ -68,7 +68,8 @@ def _check_state(config: ClientConfig) -> None:
     if config.state.exists():
         for path in asked_as(node, lambda: [at for at in [changed_at(config.state)] if at]):
             raise _unprotected(config, path)
-    for folder in (config.kept, config.node, config.node_keys, config.socket.parent):
+    ours = (config.kept, config.node, config.node_keys, config.socket.parent, config.log.parent)
+    for folder in ours:
         if folder.is_symlink():
             raise ConfigError(f"{folder} is a link", "Let it be a folder, or take another state.")
 
