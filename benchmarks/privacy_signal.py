@@ -12,9 +12,9 @@ from torch import Tensor
 
 from client.private_training import Privately
 from client.trainer import Assignment, train
+from fedgraft import load_run
 from fedgraft.adapter import factor_name
 from fedgraft.config import Config
-from fedgraft.library import load_run
 from fedgraft.logs import hushed
 from fedgraft.privacy.ledger import Ledger
 from fedgraft.privacy.randomness import SeededRandomness

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fedgraft.library import simulate
+from fedgraft import simulate
 from server.units import Unit
 from simulations.check import check
 from simulations.plan import Plan
