@@ -20,6 +20,8 @@ from server.units import Unit, clip
 
 MOST_BARS = 48
 """More bars than these are not drawn: the worst clients are, and the caption says so."""
+NUMBER_WIDTH = 0.16
+"""Of a number beside a bar, as a share of the longest bar."""
 MOST_ROOMY = 8
 """More intervals than these stand closely, the best first, with their names beside them."""
 
@@ -150,6 +152,7 @@ def clients(results: Results) -> Plot | None:
             left=0.25 + 0.076 * max(len(line) for name in names for line in name.splitlines()),
         )
         axes = sheet.axes()
+        longest = max(one.high for by_client in found.values() for one in by_client.values())
         for place, label in enumerate(labels):
             by_client = found[label]
             worst = _worst_first({label: by_client}, results.direction)[0]
@@ -164,6 +167,7 @@ def clients(results: Results) -> Plot | None:
                         unit,
                         thick,
                         client == worst,
+                        longest,
                     )
         axes.set_yticks([row * step for row in range(len(shown))], names)
         axes.tick_params(axis="y", left=False, labelcolor=INK)
@@ -201,6 +205,7 @@ def _draw_bar(
     unit: Unit,
     thick: float,
     worst: bool,
+    longest: float,
 ) -> None:
     mean, low, high = (x * unit.scale for x in (result.mean, result.low, result.high))
     axes.barh(y, mean, height=thick * 0.86, zorder=2, **style)
@@ -211,7 +216,7 @@ def _draw_bar(
         axes.vlines(start, y - 0.43 * thick, y + 0.43 * thick, color=INK, lw=1.6, zorder=4)
     axes.annotate(
         unit.value(result.mean),
-        (max(high, mean), y),
+        (number_place(result, longest) * unit.scale, y),
         (3, 0),
         textcoords="offset points",
         va="center",
@@ -220,6 +225,17 @@ def _draw_bar(
         color=INK if worst else QUIET,
         annotation_clip=False,
     )
+
+
+def number_place(result: ClientResult, longest: float) -> float:
+    """Return where the number beside a bar begins: past a tick that would strike it out, too.
+
+    Args:
+        result: the bar's.
+        longest: bar of the picture.
+    """
+    end = max(result.high, result.mean)
+    return result.start if end <= result.start < end + NUMBER_WIDTH * longest else end
 
 
 def _worst_first(found: dict[str, dict[str, ClientResult]], direction: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from PIL import Image
 from synthetic_runs import write_comparison, write_run
 
+from server.bar_plots import number_place
 from server.curve_plots import _visible
 from server.figure import DPI, WIDTH, Plot, look, spread
 from server.plots import draw_plots, save_plots
 from server.results import Run, read_results
 from server.series import (
+    ClientResult,
     bias_by_round,
     clients_at_chosen_round,
     is_exact,
@@ -210,6 +213,13 @@ def test_the_worst_client_is_the_worst_in_either_direction(
     write_run(tmp_path / "run", metric=metric, rounds=3)
     plot = {p.name: p for p in draw_plots(read_results([tmp_path / "run"]))}["clients"]
     assert worst in plot.alt
+
+
+def test_a_number_stands_clear_of_the_tick_of_its_clients_start() -> None:
+    bar = ClientResult("0", "", mean=0.30, low=0.28, high=0.32, start=0.33, examples=9.0)
+    assert number_place(bar, longest=0.8) == 0.33
+    for start in (0.20, 0.60, math.nan):  # in the bar, far from it, not measured
+        assert number_place(replace(bar, start=start), longest=0.8) == 0.32
 
 
 def test_hostile_names_are_drawn_as_text(tmp_path: Path) -> None:
